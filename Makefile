@@ -1,0 +1,48 @@
+# Everything a newcomer needs: make demo, make test.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: setup demo test test-all check format up bench lock clean
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; assert (3, 11) <= sys.version_info[:2] < (3, 14), f"Python {sys.version.split()[0]} found, expected 3.11 to 3.13. Set PYTHON=python3.11"'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+demo: setup  ## Real teachers to a verified edge model on embedded data, with a table and a report
+	$(BIN)/stillhouse compress recipes/digits.yaml
+
+test: setup  ## The quick suite: under 10 minutes on 2 cores
+	$(BIN)/python -m pytest -m "not slow and not browser"
+
+test-all: setup  ## Also the slow tests and the real browser
+	$(BIN)/python -m pytest
+
+check: setup  ## Format, lint, layers, types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/lint-imports
+	$(BIN)/pyright
+
+format: setup
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+up: setup  ## Prefect server, worker, MLflow UI and deployments
+	$(BIN)/stillhouse up
+
+bench: setup  ## Measure what docs/benchmarks.md reports
+	$(BIN)/python benchmarks/pipeline.py
+
+lock: setup  ## Write the versions of this environment to constraints.txt
+	{ head -2 constraints.txt; $(BIN)/python -m pip freeze --exclude-editable --exclude pip --exclude setuptools; } > constraints.new
+	mv constraints.new constraints.txt
+
+clean:  ## Remove the environment, the store and all runs
+	rm -rf $(VENV) .stillhouse runs build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find mlruns -mindepth 1 ! -name .gitkeep -delete

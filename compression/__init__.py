@@ -1,0 +1,1 @@
+"""The methods: torch only. Runs in a notebook without Prefect or MLflow."""

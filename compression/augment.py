@@ -1,0 +1,146 @@
+"""Augmented views that can be named: a view is a pure function of (seed, view number, sample id).
+
+Because nothing depends on the batch a sample happens to be in, teacher outputs of a view can be stored and used again.
+"""
+
+from collections.abc import Callable
+from functools import lru_cache, partial
+from typing import Annotated, Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor
+from torch.nn import functional as F
+
+from compression.types import Frozen, Preprocessing
+
+AugmentFn = Callable[[Tensor, np.ndarray], Tensor]
+"""(raw images [B,C,H,W], one 64-bit random word per sample [B]) -> images of the same shape and type."""
+
+_MASK = (1 << 64) - 1
+_GOLDEN = 0x9E3779B97F4A7C15
+_MIX_1 = 0xBF58476D1CE4E5B9
+_MIX_2 = 0x94D049BB133111EB
+
+
+class NoAugment(Frozen):
+    """Every view is the image itself."""
+
+    kind: Literal["none"] = "none"
+
+    def build(self) -> AugmentFn:
+        """Return the identity."""
+        return _identity
+
+
+class ShiftFlip(Frozen):
+    """Shift by up to ``pad`` pixels in each direction (zeros come in) and mirror half of the samples."""
+
+    kind: Literal["shift_flip"] = "shift_flip"
+    pad: Annotated[int, Field(ge=0, le=64)] = 2
+    """Largest shift in pixels."""
+    flip: bool = True
+    """Mirror left and right with probability 1/2; off where left and right differ in meaning (digits)."""
+
+    def build(self) -> AugmentFn:
+        """Return the function that shifts and mirrors."""
+        return partial(_shift_flip, pad=self.pad, flip=self.flip)
+
+
+AnyAugment = NoAugment | ShiftFlip
+
+
+def augment(images: Tensor, ids: Tensor, *, view: int, seed: int, config: AnyAugment) -> Tensor:
+    """Return view ``view`` of the raw images, [B,C,H,W], same type as given.
+
+    Sample ``ids[i]`` gets the same change in every batch, order, process and epoch that asks for the same
+    (seed, view). Random words come from splitmix64 (Steele, Lea, Flood 2014) used as a counter-based hash.
+
+    Args:
+        images: raw images, uint8 or float32, [B,C,H,W].
+        ids: sample ids, int64, [B].
+        view: number of the view, 0 or more.
+        seed: seed of the whole family of views.
+        config: which augmentation.
+    """
+    if isinstance(config, NoAugment):
+        return images
+    return config.build()(images, sample_words(ids, view=view, seed=seed))
+
+
+def sample_words(ids: Tensor, *, view: int, seed: int) -> np.ndarray:
+    """Return one random 64-bit word per sample id, uint64, [B]: a pure function of (seed, view, id)."""
+    key = np.uint64(_mix_int(_mix_int(seed & _MASK) + view))
+    words = ids.detach().cpu().numpy().astype(np.uint64)
+    words *= np.uint64(_GOLDEN)
+    words += key
+    words ^= words >> np.uint64(30)
+    words *= np.uint64(_MIX_1)
+    words ^= words >> np.uint64(27)
+    words *= np.uint64(_MIX_2)
+    words ^= words >> np.uint64(31)
+    return words
+
+
+def normalise(images: Tensor, preprocessing: Preprocessing) -> Tensor:
+    """Return model inputs, float32, [B,C,H,W]: ``(image / scale - mean) / std`` per channel.
+
+    The arithmetic is one multiplication and one subtraction per pixel, so that a pixel value gives the same
+    bits in every batch. The input is not modified.
+    """
+    factor, shift = _affine(preprocessing, images.device)
+    return images.to(torch.float32).mul(factor).sub_(shift)
+
+
+@lru_cache(maxsize=32)
+def _affine(preprocessing: Preprocessing, device: torch.device) -> tuple[Tensor, Tensor]:
+    mean = torch.tensor(preprocessing.mean, dtype=torch.float64)
+    std = torch.tensor(preprocessing.std, dtype=torch.float64)
+    factor = (1.0 / (preprocessing.scale * std)).to(torch.float32).view(1, -1, 1, 1)
+    shift = (mean / std).to(torch.float32).view(1, -1, 1, 1)
+    return factor.to(device), shift.to(device)
+
+
+def _mix_int(value: int) -> int:
+    value = (value + _GOLDEN) & _MASK
+    value = ((value ^ (value >> 30)) * _MIX_1) & _MASK
+    value = ((value ^ (value >> 27)) * _MIX_2) & _MASK
+    return value ^ (value >> 31)
+
+
+def _identity(images: Tensor, words: np.ndarray) -> Tensor:
+    return images
+
+
+def _shift_flip(images: Tensor, words: np.ndarray, *, pad: int, flip: bool) -> Tensor:
+    field, steps = np.uint64((1 << 21) - 1), np.uint64(2 * pad + 1)
+    dy = ((words & field) % steps).astype(np.int64)
+    dx = (((words >> np.uint64(21)) & field) % steps).astype(np.int64)
+    mirrored = (words >> np.uint64(63)).astype(bool) & flip
+    if images.device.type == "cpu":
+        return _windows(images, dy, dx, mirrored, pad)
+    return _gather(images, *(torch.from_numpy(a).to(images.device) for a in (dy, dx, mirrored)), pad)
+
+
+def _windows(images: Tensor, dy: np.ndarray, dx: np.ndarray, mirrored: np.ndarray, pad: int) -> Tensor:
+    """Mirror, pad, and copy one window per sample: whole rows at a time, about 3x faster than a gather on CPU."""
+    raw = images.numpy()
+    batch, channels, height, width = raw.shape
+    padded = np.zeros((batch, channels, height + 2 * pad, width + 2 * pad), dtype=raw.dtype)
+    inner = padded[:, :, pad : pad + height, pad : pad + width]
+    inner[...] = raw
+    inner[mirrored] = raw[mirrored][..., ::-1]
+    windows = np.lib.stride_tricks.sliding_window_view(padded, (height, width), axis=(2, 3))
+    return torch.from_numpy(np.ascontiguousarray(windows[np.arange(batch), :, dy, dx]))
+
+
+def _gather(images: Tensor, dy: Tensor, dx: Tensor, mirrored: Tensor, pad: int) -> Tensor:
+    """Return the same result as :func:`_windows`, in one gather on the device of the images."""
+    batch, _, height, width = images.shape
+    padded = F.pad(images, (pad, pad, pad, pad))
+    samples = torch.arange(batch, device=images.device).view(-1, 1, 1)
+    rows = torch.arange(height, device=images.device).view(1, -1, 1) + dy.view(-1, 1, 1)
+    columns = torch.arange(width, device=images.device).view(1, 1, -1) + dx.view(-1, 1, 1)
+    columns = torch.where(mirrored.view(-1, 1, 1), width + 2 * pad - 1 - columns, columns)
+    return padded[samples, :, rows, columns].permute(0, 3, 1, 2).contiguous()

@@ -1,0 +1,76 @@
+"""The few types every layer shares."""
+
+from dataclasses import dataclass, field
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, StringConstraints
+from torch import Tensor
+
+Slug = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9-]{0,47}$")]
+"""A name that may be part of a path: lower case, digits and dashes."""
+
+
+class Frozen(BaseModel):
+    """Base of every config and handle: immutable, and a misspelt key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class Preprocessing(Frozen):
+    """How a raw image becomes a model input: ``(image / scale - mean) / std`` per channel."""
+
+    scale: float
+    """Largest raw value, e.g. 255 for bytes."""
+    mean: tuple[float, ...]
+    """One number per channel, after division by ``scale``."""
+    std: tuple[float, ...]
+    """One number per channel, after division by ``scale``."""
+
+
+class TensorSpec(Frozen):
+    """Name, shape and type of a tensor; -1 is a dynamic size."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str = "float32"
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What one model gave for one batch; the only thing losses see.
+
+    ``logits`` is [batch, classes]; ``features`` maps logical names (``penultimate``) to tensors.
+    """
+
+    logits: Tensor
+    features: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class TeacherOutputs:
+    """What a panel of K teachers gave for one batch, and how much each counts per sample.
+
+    ``logits`` is [teachers, batch, classes], float32, no gradient; ``weights`` is [teachers, batch],
+    non-negative, and sums to 1 over teachers.
+    """
+
+    logits: Tensor
+    weights: Tensor
+
+    def probs(self, temperature: float = 1.0) -> Tensor:
+        """Mixture of the softened teacher distributions, [batch, classes]."""
+        softened = (self.logits / temperature).softmax(dim=-1)
+        return (self.weights.unsqueeze(-1) * softened).sum(dim=0)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One training batch: normalised images [B,C,H,W], labels [B] (int64), sample ids [B] (int64)."""
+
+    images: Tensor
+    labels: Tensor
+    ids: Tensor
+    view: int
+    """Which augmented view of the samples this is; with the ids it keys cached teacher outputs."""
+    epoch: int
+    step: int

@@ -1,0 +1,45 @@
+"""Any image classifier timm can build, without its published weights."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+from torch import nn
+
+from compression.errors import CheckpointError
+from compression.types import Frozen
+
+
+class TimmModel(Frozen):
+    """``timm.create_model(name, pretrained=False)``; weights come from a file, never from the network."""
+
+    kind: Literal["timm"] = "timm"
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.\-]+$")]
+    """Name in timm's registry, e.g. ``resnet18``; addresses such as ``hf-hub:...`` are refused."""
+
+    def build(self, num_classes: int, input_shape: tuple[int, int, int]) -> nn.Module:
+        """A randomly initialised network for images [B,C,H,W]; logits [B,num_classes].
+
+        Raises:
+            CheckpointError: timm knows no model of this name, or cannot build it for this image size.
+        """
+        import timm
+
+        channels, height, width = input_shape
+        if not timm.is_model(self.name):
+            close = timm.list_models(f"*{self.name.split('_')[0].split('.')[0]}*")[:5]
+            raise CheckpointError(
+                f"Model '{self.name}' has no entry in timm {timm.__version__}, expected a registered name"
+                f"{' such as ' + ', '.join(close) if close else ''}. List them with timm.list_models()."
+            )
+        options = {"pretrained": False, "num_classes": num_classes, "in_chans": channels}
+        try:
+            return timm.create_model(self.name, **options, img_size=(height, width))
+        except TypeError as cause:  # convolutional families take no image size
+            if "img_size" not in str(cause):
+                raise
+        except (AssertionError, ValueError) as cause:
+            raise CheckpointError(
+                f"Model '{self.name}' has no form for {channels}x{height}x{width} images ({cause}), expected "
+                "a size it supports. Choose another model, or resize the images."
+            ) from cause
+        return timm.create_model(self.name, **options)

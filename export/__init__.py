@@ -1,0 +1,1 @@
+"""The files: ONNX graphs, engines, parity, benchmarks, verdicts and reports."""

@@ -1,0 +1,389 @@
+"""The gate: from evidence and a policy to a verdict with reasons.
+
+Decided on interval bounds, never on point estimates: a limit is met when the whole interval meets it and
+broken when the whole interval breaks it; anything else is inconclusive, and inconclusive ships nothing.
+What a policy asks for and nobody measured is inconclusive too: "not run" is never "passed".
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Annotated, Literal
+
+from pydantic import Field, PositiveFloat
+
+from compression.statistics import Interval
+from compression.types import Frozen
+from export.evidence import Evidence
+
+Outcome = Literal["accept", "inconclusive", "regression", "infeasible", "anomalous"]
+"""From best to worst. ``anomalous`` means: too strange to believe, a person has to look."""
+
+SEVERITY: dict[Outcome, int] = {
+    "accept": 0,
+    "inconclusive": 1,
+    "regression": 2,
+    "infeasible": 3,
+    "anomalous": 4,
+}
+
+Share = Annotated[float, Field(ge=0, le=1)]
+
+NOT_MEASURED = "not measured"
+
+
+class Policy(Frozen):
+    """What a file must meet to ship. ``None`` switches a check off."""
+
+    max_accuracy_drop: Share | None = 0.01
+    """Most accuracy a student may lose to the best teacher; 0.01 is one point."""
+    max_worst_class_drop: Share | None = 0.05
+    """Most accuracy any single class may lose to the best teacher."""
+    max_ece_increase: Share | None = 0.02
+    """Most calibration error (ECE) a student may add to the best teacher's."""
+    max_flips_float32: Share | None = 0.001
+    """Largest share of answers a float32 file may give differently from the torch model."""
+    max_flips_float16: Share | None = 0.005
+    """The same for a float16 file."""
+    max_flips_int8: Share | None = 0.01
+    """The same for an int8 file, against the quantization-aware model it came from."""
+    faster_than_parent: bool = True
+    """The file must be faster than its parent by more than the noise floor."""
+    max_latency_p95_ms: PositiveFloat | None = None
+    """Latency budget of the target (95th percentile, in ms)."""
+    max_size_kib: PositiveFloat | None = None
+    """Size budget of the shipped file in KiB."""
+    max_peak_rss_mib: PositiveFloat | None = None
+    """Memory budget of a process that runs the file, in MiB."""
+    max_accuracy_gain: Share | None = 0.02
+    """A student better than its best teacher by more than this is not believed without a look."""
+
+
+class Check(Frozen):
+    """One question to the evidence, and its answer in words."""
+
+    name: str
+    outcome: Literal["pass", "fail", "inconclusive", "skipped"]
+    found: str
+    expected: str
+    reason: str
+    on_fail: Outcome = "regression"
+    """What the verdict becomes when this check fails."""
+
+
+class Verdict(Frozen):
+    """The decision on one target (or one file of it)."""
+
+    target: str
+    candidate: str
+    """The file the checks are about."""
+    outcome: Outcome
+    checks: tuple[Check, ...]
+    ships: str | None = None
+    """Name of the file that ships; none unless accepted."""
+    reasons: tuple[str, ...] = ()
+    """Why, in sentences."""
+    ran: bool = True
+    """False for an engine that was built but not run here."""
+
+
+class RunVerdict(Frozen):
+    """The decision on a whole run; ``verdict.json``."""
+
+    outcome: Outcome
+    summary: str
+    targets: dict[str, Verdict]
+
+
+def decide(policy: Policy, evidence: Evidence) -> Verdict:
+    """The verdict on one file; ``ships`` is its own name when it is accepted."""
+    if not evidence.ran:
+        reason = f"'{evidence.candidate}' was built, not run: this machine cannot execute it, so nothing is proven."
+        return Verdict(
+            target=evidence.target,
+            candidate=evidence.candidate,
+            outcome="inconclusive",
+            checks=(*_size(policy, evidence),),
+            reasons=(reason,),
+            ran=False,
+        )
+    checks = (
+        *_anomalies(policy, evidence),
+        *_accuracy(policy, evidence),
+        *_parity(policy, evidence),
+        *_latency(policy, evidence),
+        *_size(policy, evidence),
+    )
+    outcome: Outcome = "accept"
+    for check in checks:
+        effect: Outcome = {"fail": check.on_fail, "inconclusive": "inconclusive"}.get(check.outcome, "accept")
+        outcome = max(outcome, effect, key=SEVERITY.__getitem__)
+    blocking = tuple(check.reason for check in checks if check.outcome in ("fail", "inconclusive"))
+    return Verdict(
+        target=evidence.target,
+        candidate=evidence.candidate,
+        outcome=outcome,
+        checks=checks,
+        ships=evidence.candidate if outcome == "accept" else None,
+        reasons=blocking or (f"'{evidence.candidate}' meets every limit of the policy.",),
+    )
+
+
+def combine(verdicts: Mapping[str, Verdict]) -> RunVerdict:
+    """The verdict on a run: the worst of the targets that ran here.
+
+    Targets that were built but cannot run here are listed and leave the outcome alone, unless nothing ran.
+    """
+    ran = {name: verdict for name, verdict in verdicts.items() if verdict.ran}
+    unrun = sorted(set(verdicts) - set(ran))
+    outcome: Outcome = "inconclusive"
+    if ran:
+        outcome = max((verdict.outcome for verdict in ran.values()), key=SEVERITY.__getitem__)
+    parts = [f"{name}: {_headline(verdict)}" for name, verdict in ran.items()]
+    if unrun:
+        parts.append(f"{', '.join(unrun)}: built, not run here")
+    return RunVerdict(
+        outcome=outcome, summary="; ".join(parts) or "there was no target to judge", targets=dict(verdicts)
+    )
+
+
+def _headline(verdict: Verdict) -> str:
+    if verdict.outcome == "accept":
+        return f"'{verdict.ships}' ships"
+    return f"{verdict.outcome}, {verdict.reasons[0]}" if verdict.reasons else verdict.outcome
+
+
+def bounded(
+    name: str, found: Interval, limit: float, *, unit: str = "", digits: int = 3, on_fail: Outcome, what: str
+) -> Check:
+    """The check that ``found`` stays at or below ``limit``: pass, fail or inconclusive by its bounds."""
+    shown = f"{_number(found.estimate, unit, digits)}, between {_number(found.low, unit, digits)} and "
+    shown += f"{_number(found.high, unit, digits)}"
+    expected = f"at most {_number(limit, unit, digits)}"
+    confidence = f"with {found.level:.0%} confidence" if found.level else "with its interval"
+    if found.high <= limit:
+        outcome, reason = "pass", f"{what} is within the limit even at the worst end of its interval."
+    elif found.low > limit:
+        outcome, reason = "fail", f"{what} is {shown}, so it is above the limit {confidence} ({expected})."
+    else:
+        outcome = "inconclusive"
+        reason = (
+            f"{what} is {shown}: the limit ({_number(limit, unit, digits)}) lies inside, so the data cannot "
+            "tell. More test samples, seeds or rounds would."
+        )
+    return Check(name=name, outcome=outcome, found=shown, expected=expected, reason=reason, on_fail=on_fail)
+
+
+def _anomalies(policy: Policy, evidence: Evidence) -> Iterator[Check]:
+    broken = sorted(name for name, value in _numbers(evidence) if not math.isfinite(value))
+    yield Check(
+        name="finite numbers",
+        outcome="fail" if broken else "pass",
+        found=f"not a number: {', '.join(broken)}" if broken else "all finite",
+        expected="all finite",
+        reason=f"Not finite: {', '.join(broken)}. A file or a measurement is broken; look at the parity ladder."
+        if broken
+        else "Every measured value is a finite number.",
+        on_fail="anomalous",
+    )
+    teacher, classes = evidence.teacher_accuracy, evidence.num_classes
+    if teacher is not None and classes is not None and not teacher > 1 / classes:
+        yield Check(
+            name="teacher above chance",
+            outcome="fail",
+            found=f"{teacher:.1%}",
+            expected=f"more than {1 / classes:.1%}",
+            reason=f"The best teacher is right {teacher:.1%} of the time with {classes} classes, no better than "
+            "guessing. Check its class order and preprocessing.",
+            on_fail="anomalous",
+        )
+    drop, limit = evidence.accuracy_drop, policy.max_accuracy_gain
+    if drop is None or limit is None or not drop.high < -limit:
+        return
+    yield Check(
+        name="too good to be true",
+        outcome="fail",
+        found=f"{-drop.estimate:.2%} better",
+        expected=f"at most {limit:.2%} better than the best teacher",
+        reason=f"The student beats its best teacher by {-drop.estimate:.2%}. Look for test images in the "
+        "training data, or for a teacher that is fed the wrong preprocessing.",
+        on_fail="anomalous",
+    )
+
+
+def _accuracy(policy: Policy, evidence: Evidence) -> Iterator[Check]:
+    yield _limit(
+        "accuracy drop", evidence.accuracy_drop, policy.max_accuracy_drop, "The accuracy lost to the best teacher"
+    )
+    yield _limit(
+        "worst class",
+        evidence.worst_class_drop,
+        policy.max_worst_class_drop,
+        "The accuracy the worst class lost to the best teacher",
+    )
+    increase = None
+    if evidence.ece is not None and evidence.teacher_ece is not None:
+        increase = evidence.ece - evidence.teacher_ece
+    yield _fact(
+        "calibration",
+        increase,
+        policy.max_ece_increase,
+        "Calibration error (ECE) added to the best teacher's",
+        digits=4,
+    )
+
+
+def _parity(policy: Policy, evidence: Evidence) -> Iterator[Check]:
+    limit = {
+        "float32": policy.max_flips_float32,
+        "float16": policy.max_flips_float16,
+        "int8": policy.max_flips_int8,
+    }[evidence.precision]
+    what = "The share of answers that differ from the torch model"
+    check = _fact("parity", evidence.flips, limit, what, unit="%")
+    if check.outcome == "fail" and limit is not None and evidence.flips is not None and evidence.num_samples:
+        low = _wilson_low(evidence.flips, evidence.num_samples)
+        if low <= limit:
+            flipped = round(evidence.flips * evidence.num_samples)
+            check = check.model_copy(
+                update={
+                    "outcome": "inconclusive",
+                    "reason": f"{flipped} of {evidence.num_samples} answers differ from the torch model "
+                    f"({evidence.flips:.2%}). That is above {limit:.2%}, yet so few samples could show it by "
+                    "chance. Use more test samples.",
+                }
+            )
+    yield check
+
+
+def _latency(policy: Policy, evidence: Evidence) -> Iterator[Check]:
+    ratio, floor = evidence.latency_ratio, evidence.latency_noise_floor
+    name, parent = "faster than its parent", evidence.parent
+    if not policy.faster_than_parent:
+        yield _skipped(name)
+    elif ratio is None or floor is None:
+        yield _missing(name, "faster than the noise floor")
+    else:
+        threshold = max(1 - floor, 0.0)
+        found = f"{ratio.estimate:.3f} of {parent}'s time, between {ratio.low:.3f} and {ratio.high:.3f}"
+        expected = f"below {threshold:.3f} (noise floor {floor:.1%})"
+        if ratio.high < threshold:
+            outcome, reason = "pass", f"It needs {ratio.estimate:.0%} of {parent}'s time, beyond the noise."
+        elif ratio.low >= threshold:
+            outcome, reason = "fail", f"It is not faster than {parent}: {found}, expected {expected}."
+        else:
+            outcome, reason = (
+                "inconclusive",
+                f"Its time is {found}; a difference counts {expected}. More rounds on a quieter machine would tell.",
+            )
+        yield Check(name=name, outcome=outcome, found=found, expected=expected, reason=reason)
+    yield _limit(
+        "latency budget",
+        evidence.latency_p95_ms,
+        policy.max_latency_p95_ms,
+        "p95 latency",
+        unit="ms",
+        on_fail="infeasible",
+    )
+
+
+def _size(policy: Policy, evidence: Evidence) -> Iterator[Check]:
+    size = None if evidence.size_bytes is None else evidence.size_bytes / 1024
+    yield _fact("size budget", size, policy.max_size_kib, "File size", unit="KiB", digits=1, on_fail="infeasible")
+    if evidence.ran:
+        peak = None if evidence.peak_rss_bytes is None else evidence.peak_rss_bytes / 2**20
+        yield _fact(
+            "memory budget",
+            peak,
+            policy.max_peak_rss_mib,
+            "Peak memory of a process that runs it",
+            unit="MiB",
+            digits=1,
+            on_fail="infeasible",
+        )
+
+
+def _limit(
+    name: str,
+    found: Interval | None,
+    limit: float | None,
+    what: str,
+    *,
+    unit: str = "%",
+    on_fail: Outcome = "regression",
+) -> Check:
+    if limit is None:
+        return _skipped(name, found)
+    if found is None or math.isnan(found.estimate + found.low + found.high):
+        return _missing(name, f"at most {_number(limit, unit, 3)}", on_fail)
+    return bounded(name, found, limit, unit=unit, on_fail=on_fail, what=what)
+
+
+def _fact(
+    name: str,
+    found: float | None,
+    limit: float | None,
+    what: str,
+    *,
+    unit: str = "",
+    digits: int = 3,
+    on_fail: Outcome = "regression",
+) -> Check:
+    if limit is None:
+        return _skipped(name)
+    if found is None or math.isnan(found):
+        return _missing(name, f"at most {_number(limit, unit, digits)}", on_fail)
+    shown, wanted = _number(found, unit, digits), f"at most {_number(limit, unit, digits)}"
+    met = found <= limit
+    reason = f"{what} is {shown}, {'within' if met else 'above'} the limit ({wanted})."
+    return Check(
+        name=name,
+        outcome="pass" if met else "fail",
+        found=shown,
+        expected=wanted,
+        reason=reason,
+        on_fail=on_fail,
+    )
+
+
+def _skipped(name: str, found: Interval | None = None) -> Check:
+    shown = NOT_MEASURED if found is None else f"{found.estimate:.4g}"
+    return Check(
+        name=name, outcome="skipped", found=shown, expected="no limit", reason="The policy sets no limit here."
+    )
+
+
+def _missing(name: str, expected: str, on_fail: Outcome = "regression") -> Check:
+    return Check(
+        name=name,
+        outcome="inconclusive",
+        found=NOT_MEASURED,
+        expected=expected,
+        reason=f"The policy asks for '{name}' ({expected}), and it was not measured.",
+        on_fail=on_fail,
+    )
+
+
+def _number(value: float, unit: str, digits: int) -> str:
+    if unit == "%":
+        return f"{value * 100:.2f} %"
+    return f"{value:.{digits}f} {unit}".strip()
+
+
+def _wilson_low(share: float, samples: int) -> float:
+    from compression.statistics import wilson
+
+    return wilson(round(share * samples), samples).low
+
+
+def _numbers(evidence: Evidence) -> Iterator[tuple[str, float]]:
+    for name in type(evidence).model_fields:
+        value = getattr(evidence, name)
+        if isinstance(value, Interval):
+            yield name, value.estimate + value.low + value.high
+        elif isinstance(value, int | float):
+            yield name, value
+
+
+def best_of(verdicts: Sequence[Verdict]) -> Verdict:
+    """The verdict with the mildest outcome; the first of them on a tie."""
+    return min(verdicts, key=lambda verdict: SEVERITY[verdict.outcome])

@@ -1,0 +1,1 @@
+"""The report of a run: one HTML page and one Markdown file, from the run folder alone."""

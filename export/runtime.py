@@ -1,0 +1,216 @@
+"""Running .onnx files on this machine, and what ONNX Runtime really makes of them."""
+
+import logging
+import platform
+import re
+import tempfile
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from compression.errors import ExportError
+from compression.types import Frozen
+from export.onnx_graph import INPUT_NAME, load_graph
+
+LOGGER = logging.getLogger(__name__)
+
+EXACT_INT8 = ("session.x64quantprecision", "1")
+"""The session setting that keeps INT8 exact on every CPU; set it wherever a quantized file is served."""
+
+INTEGER_OPS = frozenset(
+    {"QLinearConv", "ConvInteger", "QGemm", "QLinearMatMul", "MatMulInteger", "MatMulIntegerToFloat"}
+    | {"DynamicQuantizeMatMul"}
+)
+FLOAT_OPS = frozenset({"Conv", "FusedConv", "Gemm", "FusedGemm", "MatMul", "FusedMatMul"})
+
+
+class OnnxSession:
+    """An .onnx file loaded by ONNX Runtime on exactly one provider, with a fixed number of threads."""
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        threads: int = 1,
+        provider: str = "CPUExecutionProvider",
+        optimized_path: Path | None = None,
+    ) -> None:
+        """Load ``path``.
+
+        Args:
+            path: The graph; one input named ``images``.
+            threads: Intra-op threads; the runtime's default would take every core.
+            provider: Asserted after loading, since the runtime falls back to the CPU in silence.
+            optimized_path: Where the runtime writes the graph it really runs.
+
+        Raises:
+            ExportError: the runtime can't load the graph, or loads it on another provider.
+        """
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 3
+        # x86 without VNNI adds int8 products in 16 bits, which can overflow; with this the runtime takes
+        # kernels that can't. It changes nothing on other CPUs.
+        options.add_session_config_entry(EXACT_INT8[0], EXACT_INT8[1])
+        if optimized_path is not None:
+            options.optimized_model_filepath = str(optimized_path)
+        if not path.is_file():
+            raise ExportError(f"Graph '{path}' has no file, expected an .onnx file. Export it first.")
+        try:
+            self._session = onnxruntime.InferenceSession(str(path), options, providers=[provider])
+        except Exception as error:
+            raise ExportError(
+                f"Graph '{path.name}' has content ONNX Runtime refuses: {error}. Export it again."
+            ) from error
+        found = self._session.get_providers()[0]
+        if found != provider:
+            raise ExportError(
+                f"Graph '{path.name}' has provider {found}, expected {provider}."
+                f" Install the driver that {provider} needs, or ask for {found}."
+            )
+        self.path = path
+        self.provider = provider
+        self.threads = threads
+        self._input = self._session.get_inputs()[0].name
+
+    def run(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Logits [N, classes] of normalised images [N, C, H, W] float32, in one call."""
+        (logits,) = self._session.run(None, {self._input: np.ascontiguousarray(images, dtype=np.float32)})
+        return np.asarray(logits, dtype=np.float32)
+
+
+def predict_fn(session: OnnxSession) -> Callable[[Tensor], Tensor]:
+    """A function from normalised images [N,C,H,W] to logits [N, classes], like a model's forward."""
+
+    def predict(images: Tensor) -> Tensor:
+        return torch.from_numpy(session.run(images.detach().cpu().numpy()))
+
+    return predict
+
+
+@dataclass(frozen=True)
+class IntegerShare:
+    """How much of a graph ONNX Runtime runs with integer kernels after its own optimisation."""
+
+    integer: int
+    """Layers with weights (convolutions, linear layers) that run as integer kernels."""
+    total: int
+    """All layers with weights."""
+    operators: dict[str, int] = field(default_factory=dict)
+    """Node count per operator of the optimised graph."""
+    float_layers: tuple[str, ...] = ()
+    """Names of the layers left in float."""
+
+    @property
+    def share(self) -> float:
+        """Integer layers over all, 0..1; 0 for a graph without layers."""
+        return self.integer / self.total if self.total else 0.0
+
+
+def integer_share(path: Path, *, threads: int = 1) -> IntegerShare:
+    """Count the weight layers that run as integer kernels in the graph ONNX Runtime builds from ``path``.
+
+    A quantized file whose convolutions stay in float is slower than its float parent; file size and node
+    names don't show it, the runtime's own optimised graph does. Products of two activations (attention)
+    are not counted.
+
+    Raises:
+        ExportError: the runtime can't load the graph.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        optimized = Path(folder) / "optimized.onnx"
+        OnnxSession(path, threads=threads, optimized_path=optimized)
+        graph = load_graph(optimized).graph
+    constants = {tensor.name for tensor in graph.initializer}
+    for node in graph.node:  # in topological order: what depends on constants only is a weight
+        if node.op_type == "Constant" or (
+            node.input and all(name in constants for name in node.input if name)
+        ):
+            constants.update(node.output)
+    integer, left = 0, []
+    for node in graph.node:
+        weighted = any(name in constants for name in node.input[:4])
+        if node.op_type in INTEGER_OPS:
+            integer += weighted
+        elif node.op_type in FLOAT_OPS and node.input[1] in constants:
+            left.append(node.name or node.output[0])
+    return IntegerShare(
+        integer=integer,
+        total=integer + len(left),
+        operators=dict(sorted(Counter(node.op_type for node in graph.node).items())),
+        float_layers=tuple(left),
+    )
+
+
+class CpuFeatures(Frozen):
+    """The instruction sets that decide how fast and how exact INT8 is on a CPU."""
+
+    model: str
+    """Name of the processor, as the system gives it."""
+    machine: str
+    """Architecture: x86_64, aarch64, ..."""
+    avx2: bool = False
+    """256-bit integer vectors (x86)."""
+    avx512: bool = False
+    """512-bit vectors (x86)."""
+    vnni: bool = False
+    """8-bit dot products with 32-bit sums, AVX512-VNNI or AVX-VNNI (x86)."""
+    amx_int8: bool = False
+    """8-bit matrix tiles (x86)."""
+    dot_product: bool = False
+    """8-bit dot products (ARM)."""
+
+    @property
+    def saturates(self) -> bool:
+        """Whether uint8 x int8 products are summed in pairs in 16 bits, which can overflow (x86, no VNNI)."""
+        return self.machine.lower() in ("x86_64", "amd64") and not self.vnni
+
+
+@lru_cache(maxsize=1)
+def cpu_features() -> CpuFeatures:
+    """What this CPU offers; from /proc/cpuinfo, so on other systems only ``machine`` and AVX are known."""
+    machine = platform.machine()
+    source = Path("/proc/cpuinfo")
+    if not source.is_file():
+        capability = torch.backends.cpu.get_cpu_capability()
+        return CpuFeatures(
+            model=platform.processor() or "unknown",
+            machine=machine,
+            avx2=capability in ("AVX2", "AVX512"),
+            avx512=capability == "AVX512",
+        )
+    text = source.read_text(errors="replace")
+    found = re.search(r"^(?:flags|Features)\s*:\s*(.*)$", text, re.MULTILINE)
+    name = re.search(r"^model name\s*:\s*(.*)$", text, re.MULTILINE)
+    flags = set(found.group(1).split()) if found else set()
+    return CpuFeatures(
+        model=name.group(1).strip() if name else "unknown",
+        machine=machine,
+        avx2="avx2" in flags,
+        avx512="avx512f" in flags,
+        vnni=bool(flags & {"avx512_vnni", "avx_vnni"}),
+        amx_int8="amx_int8" in flags,
+        dot_product="asimddp" in flags,
+    )
+
+
+__all__ = [
+    "EXACT_INT8",
+    "INPUT_NAME",
+    "CpuFeatures",
+    "IntegerShare",
+    "OnnxSession",
+    "cpu_features",
+    "integer_share",
+    "predict_fn",
+]

@@ -1,0 +1,1 @@
+"""When, and in what order: recipes, flows and the command-line program."""

@@ -1,0 +1,172 @@
+"""Child processes: started with a log file, watched, and ended by pid without touching anyone else's."""
+
+import json
+import os
+import subprocess
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from compression.errors import StillhouseError
+
+PATIENCE_SECONDS = 12.0  # a polite end takes a server 1-3 s; after this it is killed
+TAIL_LINES = 15
+
+
+class ServerError(StillhouseError):
+    """A server or worker ended, or did not get ready."""
+
+
+@dataclass
+class Child:
+    """One running program of ours, and where its output goes."""
+
+    name: str
+    process: subprocess.Popen[bytes]
+    log: Path
+    created: float
+    """Start time in seconds since the epoch; with the pid it identifies the process."""
+    seen: dict[int, psutil.Process] = field(default_factory=dict)
+    """Every descendant noticed so far; some start a session of their own."""
+
+    @property
+    def exit_code(self) -> int | None:
+        """None while it runs."""
+        return self.process.poll()
+
+    def require_alive(self) -> None:
+        """Raises ServerError with the last lines of the log when the program has ended."""
+        code = self.exit_code
+        if code is not None:
+            raise ServerError(
+                f"{self.name} (pid {self.process.pid}) has ended with exit code {code}, expected it to keep running. "
+                f"Last lines of {self.log}:\n{tail(self.log)}"
+            )
+
+    def notice_descendants(self) -> None:
+        """Remember the processes below this one, so that they are found even when it dies first."""
+        with suppress(psutil.Error):
+            for process in psutil.Process(self.process.pid).children(recursive=True):
+                self.seen[process.pid] = process
+
+    def identity(self) -> dict[str, Any]:
+        """What a later program needs to find this one again."""
+        return {"pid": self.process.pid, "created": self.created, "log": str(self.log)}
+
+
+def start(name: str, command: Sequence[str], *, environment: Mapping[str, str], folder: Path, log: Path) -> Child:
+    """The started program, in a session of its own: Ctrl-C in the terminal reaches only its parent."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    if log.exists():
+        log.replace(log.with_suffix(".previous.log"))
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            list(command),
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=dict(environment),
+            cwd=folder,
+            start_new_session=True,
+        )
+    try:
+        created = psutil.Process(process.pid).create_time()
+    except psutil.Error:
+        created = time.time()
+    return Child(name, process, log, created)
+
+
+def end(children: Iterable[Child]) -> None:
+    """End the programs and everything below them: asked first, killed when they do not follow."""
+    programs = list(children)
+    processes: dict[int, psutil.Process] = {}
+    for child in programs:
+        child.notice_descendants()
+        processes.update(child.seen)
+        if child.exit_code is None:
+            with suppress(ProcessLookupError):
+                child.process.terminate()
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    for child in programs:
+        try:
+            child.process.wait(timeout=max(0.1, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            child.process.kill()
+            child.process.wait()
+    end_processes(processes.values(), patience=3.0)
+
+
+def end_processes(processes: Iterable[psutil.Process], *, patience: float = PATIENCE_SECONDS) -> int:
+    """How many of these processes still ran and were ended; psutil refuses a pid that was given to another."""
+    alive = [process for process in processes if _is_alive(process)]
+    for process in alive:
+        with suppress(psutil.Error):
+            process.terminate()
+    _, stubborn = psutil.wait_procs(alive, timeout=patience)
+    for process in stubborn:
+        with suppress(psutil.Error):
+            process.kill()
+    psutil.wait_procs(stubborn, timeout=patience)
+    return len(alive)
+
+
+def find(identity: Mapping[str, Any]) -> psutil.Process | None:
+    """The process that an ``identity()`` names, or None when it is gone or its pid belongs to another now."""
+    try:
+        process = psutil.Process(int(identity["pid"]))
+        same = abs(process.create_time() - float(identity["created"])) < 1.0
+    except (psutil.Error, KeyError, TypeError, ValueError):
+        return None
+    return process if same and _is_alive(process) else None
+
+
+def with_descendants(process: psutil.Process) -> list[psutil.Process]:
+    """The process and everything below it."""
+    with suppress(psutil.Error):
+        return [process, *process.children(recursive=True)]
+    return [process]
+
+
+def live_values(variable: str) -> set[str]:
+    """The values that an environment variable has in the processes of this machine we may look into."""
+    values = set()
+    for process in psutil.process_iter(["environ"]):
+        value = (process.info["environ"] or {}).get(variable)
+        if value:
+            values.add(value)
+    return values
+
+
+def tail(log: Path, lines: int = TAIL_LINES) -> str:
+    """The last lines of a log, indented; says so when there are none."""
+    try:
+        with log.open("rb") as file:
+            file.seek(max(0, log.stat().st_size - 20_000))
+            text = file.read().decode("utf-8", errors="replace")
+    except OSError as error:
+        return f"  (cannot be read: {error})"
+    wanted = [line for line in text.splitlines() if line.strip()][-lines:]
+    return "\n".join(f"  {line}" for line in wanted) or "  (empty)"
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replace a small file in one step, so that a reader never sees half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with temporary.open("w", encoding="utf-8") as file:
+        json.dump(value, file, indent=2)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False

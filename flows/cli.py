@@ -1,0 +1,233 @@
+"""The ``stillhouse`` program: parses, calls a flow or one function, prints. Heavy imports wait until they are needed.
+
+Exit codes: 0 accepted, 1 rejected by the gate, 2 bad input, 3 failed.
+"""
+
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from flows.recipe import Recipe
+
+app = typer.Typer(
+    name="stillhouse",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    help="Turn big teacher models into small verified edge models.\n\n"
+    "Start with [bold]stillhouse compress recipes/digits.yaml[/bold]; look first with [bold]stillhouse plan[/bold].",
+)
+console = Console()
+problems = Console(stderr=True)
+
+REJECTED, BAD_INPUT, FAILED = 1, 2, 3
+
+RecipeArgument = Annotated[Path, typer.Argument(help="Recipe file, for example recipes/digits.yaml.", show_default=False)]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="NAME.NAME=VALUE", help="Override a value of the recipe; may be given several times."),
+]
+
+
+@app.command(epilog="Example: stillhouse compress recipes/digits.yaml --set distill.train.epochs=20 --from distill")
+def compress(
+    recipe: RecipeArgument,
+    set_: SetOption = None,
+    from_stage: Annotated[
+        str | None, typer.Option("--from", metavar="STAGE", help="Do this stage and all after it again.")
+    ] = None,
+) -> None:
+    """Run the whole chain on a recipe: teachers, search, distillation, quantization, export, evidence, verdict."""
+    from flows.recipe import load_recipe
+
+    loaded = load_recipe(recipe, set_ or [])
+    if from_stage is not None:
+        _check_stage(from_stage)
+    if from_stage is None:
+        _stop_if_nothing_to_do(loaded)
+    os.environ.setdefault("PREFECT_LOGGING_LEVEL", "WARNING")
+    server = _use_running_server()
+    where = f"Prefect at {server}" if server else "a temporary Prefect server (`stillhouse up` starts a lasting one)"
+    console.print(f"[bold]{loaded.name}[/bold]: running with {where}.")
+    from flows.compress import compress as flow
+    from flows.progress import terminal_progress
+
+    with terminal_progress(console):
+        summary = flow(loaded, restart_from=from_stage)
+    _show(summary)
+
+
+def _stop_if_nothing_to_do(recipe: "Recipe") -> None:
+    """Print the kept result and end when every stage of the run is kept: no server, no flow run."""
+    from flows.compress import plan as plan_recipe
+    from flows.recipe import dump_recipe
+    from tasks.run_folder import latest_finished
+
+    stages = plan_recipe(recipe)
+    summary = latest_finished(recipe.name, dump_recipe(recipe))
+    if summary is not None and not any(stage.is_pending for stage in stages):
+        console.print(f"Nothing has changed: all {len(stages)} stages are kept from run {summary['run']}.")
+        _show(summary)
+
+
+def _use_running_server() -> str | None:
+    """Point Prefect at the server of `stillhouse up`, if one runs; its address."""
+    from flows.server import running_server
+
+    found = running_server()
+    if found is None:
+        return None
+    os.environ["PREFECT_API_URL"] = found.prefect_api
+    os.environ["STILLHOUSE_MLFLOW_UI"] = found.mlflow_url
+    return found.prefect_api
+
+
+def _show(summary: dict) -> None:
+    """Print the table, the verdict and where things are, and end with the verdict's exit code."""
+    from export.comparison import console_table
+    from tasks.run_folder import read_rows
+
+    folder = Path(summary["folder"])
+    console.print(console_table(read_rows(folder), title=f"{summary['recipe']} {summary['run']}"))
+    accepted = summary["outcome"] == "accept"
+    console.print(f"Verdict: [bold {'green' if accepted else 'red'}]{summary['outcome']}[/]. {summary['summary']}")
+    for reason in summary["reasons"]:
+        console.print(f"  - {reason}", markup=False, highlight=False)
+    if summary["registered"]:
+        model = summary["registered"]
+        console.print(f"Model:   {model['model']} version {model['version']}, alias {model['alias']}")
+    console.print(f"MLflow:  run {summary['mlflow_run']} in {summary['mlflow_url']}", soft_wrap=True)
+    console.print(f"Report:  {folder / 'report.html'}", soft_wrap=True)
+    raise typer.Exit(0 if accepted else REJECTED)
+
+
+def _check_stage(name: str) -> None:
+    from compression.errors import RecipeError
+    from flows.compress import STAGES
+
+    if name not in STAGES:
+        raise RecipeError(f"Stage '{name}' does not exist, expected one of: {', '.join(STAGES)}.")
+
+
+@app.command(epilog="Example: stillhouse plan recipes/fashion-mnist.yaml")
+def plan(recipe: RecipeArgument, set_: SetOption = None) -> None:
+    """Show every stage of a run, and which ones are kept from earlier runs; runs nothing."""
+    from flows.recipe import load_recipe
+
+    loaded = load_recipe(recipe, set_ or [])
+    from flows.compress import plan as plan_recipe
+
+    table = Table("stage", "for", "state", "took before", title=f"Plan of {loaded.name}")
+    results = plan_recipe(loaded)
+    for result in results:
+        state = "[yellow]to do[/]" if result.is_pending else "[green]kept[/]"
+        table.add_row(result.stage, result.name, state, "" if result.is_pending else f"{result.seconds:.1f} s")
+    console.print(table)
+    todo = sum(result.is_pending for result in results)
+    console.print(f"{len(results) - todo} stages kept, {todo} to do.")
+
+
+@app.command(epilog="Example: stillhouse compare runs/digits/* --csv all.csv")
+def compare(
+    runs: Annotated[list[Path] | None, typer.Argument(help="Run folders; default: the newest run of every recipe.")] = None,
+    csv: Annotated[Path | None, typer.Option(help="Also write the table to this CSV file.")] = None,
+) -> None:
+    """Print one table over the candidates of any runs."""
+    from export.comparison import console_table, write_comparison
+    from tasks.run_folder import read_rows, run_folders
+
+    folders = runs or list({folder.parent: folder for folder in run_folders()}.values())
+    rows = [row for folder in folders for row in read_rows(folder)]
+    if not rows:
+        problems.print("There is no run to compare. Start one: stillhouse compress recipes/digits.yaml", markup=False)
+        raise typer.Exit(BAD_INPUT)
+    console.print(console_table(rows))
+    if csv is not None:
+        write_comparison(rows, csv)
+        console.print(f"Wrote {csv}.")
+
+
+@app.command(epilog="Examples: stillhouse methods; stillhouse methods losses; stillhouse methods losses kd")
+def methods(
+    kind: Annotated[str | None, typer.Argument(help="Kind of method: losses, combinations, selectors, ...")] = None,
+    name: Annotated[str | None, typer.Argument(help="One method, to see its card and fields.")] = None,
+) -> None:
+    """List the methods a recipe can name, and their cards: paper, formula, needs, cost, evidence here."""
+    from flows.methods import show_methods
+
+    show_methods(console, kind, name)
+
+
+@app.command(epilog="Example: stillhouse init my-parts --data /data/parts")
+def init(
+    name: Annotated[str, typer.Argument(help="Name of the recipe: lower case, digits, dashes.")],
+    data: Annotated[Path, typer.Option(help="Folder with one sub-folder of images per class.")] = Path("/data/images"),
+    folder: Annotated[Path, typer.Option(help="Where the recipe goes.")] = Path("recipes"),
+) -> None:
+    """Write a commented recipe for your own images and teachers."""
+    from flows.template import write_template
+
+    console.print(f"Wrote {write_template(name, data, folder)}. Edit it, then: stillhouse plan {folder / name}.yaml")
+
+
+@app.command(epilog="Example: stillhouse up --prefect-port 4200 --mlflow-port 5000")
+def up(
+    prefect_port: Annotated[int | None, typer.Option(help="Port of the Prefect server; default: a free one.")] = None,
+    mlflow_port: Annotated[int | None, typer.Option(help="Port of the MLflow UI; default: a free one.")] = None,
+) -> None:
+    """Start the Prefect server, a worker and the MLflow UI, register the deployments, and keep running."""
+    from flows.server import up as start
+
+    raise typer.Exit(start(prefect_port, mlflow_port))
+
+
+@app.command()
+def doctor() -> None:
+    """Report what works on this machine, what does not and why, and what to install."""
+    from flows.doctor import report
+
+    raise typer.Exit(report(console))
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """Turn our own errors into one clear message and an exit code."""
+    from compression.errors import ArtifactError, InputError, StillhouseError
+
+    try:
+        yield
+    except StillhouseError as error:
+        problems.print(f"[bold red]Error:[/] {type(error).__name__}")
+        problems.print(str(error), markup=False, highlight=False, soft_wrap=True)
+        for note in getattr(error, "__notes__", []):
+            problems.print(note, markup=False, highlight=False, soft_wrap=True)
+        sys.exit(BAD_INPUT if isinstance(error, InputError | ArtifactError) else FAILED)
+    except KeyboardInterrupt:
+        problems.print("Interrupted. Finished stages and the last step checkpoint are kept; run again to resume.")
+        sys.exit(FAILED)
+    except OSError as error:
+        problems.print(f"Failed: {error}. Finished stages are kept; run again to resume.", markup=False)
+        sys.exit(FAILED)
+
+
+def main() -> None:
+    """Entry point."""
+    from tasks.settings import prepare_prefect
+
+    prepare_prefect()
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    with _explained():
+        app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,301 @@
+"""From teachers to a verdict on what may ship. Read this first.
+
+``story`` is the whole chain; it sees handles, never tensors. ``compress`` runs it as a Prefect flow, ``plan`` looks
+every stage up and runs nothing.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tasks.settings import prepare_prefect
+
+prepare_prefect()
+
+from prefect import flow, runtime  # noqa: E402
+from prefect.artifacts import create_link_artifact, create_markdown_artifact, create_table_artifact  # noqa: E402
+from prefect.states import Completed, State  # noqa: E402
+
+from compression.data import check_source  # noqa: E402
+from compression.teacher_outputs import OutputsSpec  # noqa: E402
+from compression.teachers import FromCheckpoint, check_teacher  # noqa: E402
+from export.comparison import COLUMNS  # noqa: E402
+from export.comparison import show as show_cell  # noqa: E402
+from export.targets import OnnxRuntimeTarget, TensorRtRtxTarget  # noqa: E402
+from flows.recipe import Recipe, dump_recipe  # noqa: E402
+from flows.progress import show  # noqa: E402
+from tasks import tracking  # noqa: E402
+from tasks.artifacts import Store, file_digest  # noqa: E402
+from tasks.data import prepare_data, source_digest  # noqa: E402
+from tasks.distill import distill_student  # noqa: E402
+from tasks.evaluate import benchmark_files, evaluate_files  # noqa: E402
+from tasks.export import export_engine, export_graph  # noqa: E402
+from tasks.gate import judge, register  # noqa: E402
+from tasks.machine import engine_backend, machine_digest, set_threads  # noqa: E402
+from tasks.progress import Report  # noqa: E402
+from tasks.prefect_runner import PrefectRunner, UiProgress  # noqa: E402
+from tasks.quantize import quantize_student  # noqa: E402
+from tasks.run_folder import read_rows, save_summary, write_run_folder  # noqa: E402
+from tasks.search import search  # noqa: E402
+from tasks.settings import settings  # noqa: E402
+from tasks.stage import DirectRunner, PlanRunner, StageIndex, StageResult, use_runner  # noqa: E402
+from tasks.teachers import make_teacher, select_teachers, store_outputs  # noqa: E402
+
+Results = dict[str, StageResult]
+
+
+@dataclass
+class Outcome:
+    """Every handle of a run, by role and name."""
+
+    data: StageResult
+    teachers: Results
+    selection: StageResult
+    search: StageResult
+    students: Results = field(default_factory=dict)
+    controls: Results = field(default_factory=dict)
+    quantized: Results = field(default_factory=dict)
+    files: Results = field(default_factory=dict)
+    engines: Results = field(default_factory=dict)
+    evaluation: StageResult | None = None
+    benchmark: StageResult | None = None
+    verdict: StageResult | None = None
+    registered: StageResult | None = None
+
+
+STAGES = (
+    "data", "teacher", "teacher_outputs", "select", "search", "distill", "quantize", "export", "engine", "evaluate", "benchmark", "gate", "register",
+)  # fmt: skip
+"""Stage names in order, as ``restart_from`` takes them."""
+
+
+def story(recipe: Recipe) -> Outcome:
+    """The chain of stages. Each takes handles and returns one; nothing flows backward."""
+    seed, augment, machine = recipe.seed, recipe.augment, machine_digest()
+
+    data = prepare_data(name=recipe.data.kind, config=recipe.data, source=source_digest(recipe.data), seed=seed)
+
+    teachers: Results = {
+        teacher.name: make_teacher(
+            name=teacher.name,
+            teacher=teacher,
+            weights=file_digest(teacher.source.path) if isinstance(teacher.source, FromCheckpoint) else "",
+            data=data,
+            augment=augment,
+            seed=seed,
+        )
+        for teacher in recipe.teachers
+    }
+
+    def outputs_of(name: str, views: int) -> StageResult:
+        spec = OutputsSpec(views=views, seed=seed, augment=augment)
+        return store_outputs(name=name, teacher=teachers[name], data=data, spec=spec)
+
+    first_look = {name: outputs_of(name, views=0) for name in teachers}
+    selection = select_teachers(name="panel", config=recipe.select, outputs=first_look, data=data)
+    chosen = selection.info.get("panel", list(teachers)[: recipe.select.panel_size])
+    panel = {name: outputs_of(name, views=recipe.distill.views) for name in chosen}
+
+    best = best_of(teachers)
+    found = search(
+        name=recipe.search.kind,
+        config=recipe.search,
+        distillation=recipe.distill,
+        teachers=teachers,
+        best_teacher=best,
+        panel=panel,
+        data=data,
+        augment=augment,
+        machine=machine,
+        seed=seed,
+    )
+    outcome = Outcome(data=data, teachers=teachers, selection=selection, search=found)
+
+    for finalist in range(len(found.info.get("finalists", range(recipe.search.finalists)))):
+        _finish_student(recipe, outcome, f"student-{finalist}", finalist, panel)
+
+    for name, teacher in teachers.items():
+        outcome.files[f"teacher-{name}.float32"] = export_graph(
+            name=f"teacher-{name}.float32", model=teacher, data=data, form="float32", teachers={}
+        )
+    outcome.evaluation = evaluate_files(
+        name="test",
+        data=data,
+        files=outcome.files,
+        students=outcome.students,
+        quantized=outcome.quantized,
+        engines=outcome.engines,
+        machine=machine,
+    )
+    cpu = [target for target in recipe.targets if isinstance(target, OnnxRuntimeTarget)]
+    timed = {name: result for name, result in outcome.files.items() if result.info.get("form") != "int8-symmetric"}
+    outcome.benchmark = benchmark_files(
+        name="cpu",
+        files=timed,
+        reference=f"teacher-{best}.float32",
+        batches=tuple(sorted({batch for target in cpu for batch in target.batch_sizes})),
+        threads=cpu[0].threads,
+        rounds=recipe.benchmark_rounds,
+        machine=machine,
+        seed=seed,
+    )
+    outcome.verdict = judge(
+        name=recipe.name,
+        policy=recipe.policy,
+        targets=recipe.targets,
+        best_teacher=best,
+        students=tuple(outcome.students),
+        files=outcome.files,
+        engines=outcome.engines,
+        data=data,
+        evaluation=outcome.evaluation,
+        benchmark=outcome.benchmark,
+        seed=seed,
+    )
+    if outcome.verdict.info.get("outcome") == "accept":
+        outcome.registered = register(
+            name=recipe.name, verdict=outcome.verdict, files=outcome.files, lineage=outcome.verdict.key
+        )
+    return outcome
+
+
+def best_of(teachers: Results) -> str:
+    """The teacher most accurate on the validation split (the first one while that is still pending)."""
+    return max(teachers, key=lambda name: teachers[name].metrics.get("accuracy", 0.0))
+
+
+def _finish_student(recipe: Recipe, outcome: Outcome, name: str, finalist: int, panel: Results) -> None:
+    """Distil, quantize and export one finalist, with its control arms."""
+    seed, augment, data, config = recipe.seed, recipe.augment, outcome.data, recipe.distill
+    teachers = {f"teacher.{teacher}": outcome.teachers[teacher].artifact.sha256 for teacher in panel}
+
+    def graph(file: str, form: str, model: StageResult, source: StageResult | None = None) -> StageResult:
+        return export_graph(name=file, model=model, data=data, form=form, teachers=teachers, source=source)
+
+    student = distill_student(
+        name=name, config=config, search=outcome.search, finalist=finalist, panel=panel, data=data, augment=augment, seed=seed
+    )  # fmt: skip
+    outcome.students[name] = student
+    files = outcome.files
+    files[f"{name}.float32"] = graph(f"{name}.float32", "float32", student)
+    if config.control:
+        control = distill_student(
+            name=f"{name}-control", config=config, search=outcome.search, finalist=finalist, panel={}, data=data, augment=augment, seed=seed
+        )  # fmt: skip
+        outcome.controls[name] = control
+        files[f"{name}-control.float32"] = graph(f"{name}-control.float32", "float32", control)
+    if recipe.quantize is not None:
+        quantized = quantize_student(
+            name=name, config=recipe.quantize, distillation=config, student=student, panel=panel, data=data, augment=augment, seed=seed
+        )  # fmt: skip
+        outcome.quantized[name] = quantized
+        symmetric = graph(f"{name}.int8-symmetric", "int8-symmetric", quantized)
+        files[f"{name}.int8-symmetric"] = symmetric
+        files[f"{name}.int8"] = graph(f"{name}.int8", "int8", quantized, symmetric)
+        files[f"{name}.int8-ptq"] = graph(f"{name}.int8-ptq", "int8-ptq", student, files[f"{name}.float32"])
+    for target in recipe.targets:
+        if isinstance(target, OnnxRuntimeTarget):
+            continue
+        if target.precision == "float16" and f"{name}.float16" not in files:
+            files[f"{name}.float16"] = graph(f"{name}.float16", "float16", student)
+        source = files[f"{name}.float16" if target.precision == "float16" else f"{name}.int8-symmetric"]
+        capabilities = target.compute_capabilities if isinstance(target, TensorRtRtxTarget) else (None,)
+        for capability in capabilities:
+            engine = f"{name}.{target.name}" + (f"-{capability.lower()}" if capability else "")
+            outcome.engines[engine] = export_engine(
+                name=engine,
+                target=target,
+                graph=source,
+                input_shape=tuple(data.info.get("input_shape", ())),
+                compute_capability=capability,
+                backend=engine_backend(target.kind),
+            )
+
+
+def preflight(recipe: Recipe) -> Store:
+    """Refuse what can be refused before any compute: data, weights, store, disk.
+
+    Raises:
+        InputError: dataset or teacher weights are absent or unusable.
+        ArtifactError: the store or the MLflow database cannot be written, or the disk is full.
+    """
+    check_source(recipe.data)
+    for teacher in recipe.teachers:
+        check_teacher(teacher)
+    for target in recipe.targets:
+        if target.kind != "onnxruntime":
+            engine_backend(target.kind)
+    store = Store(settings().store_dir)
+    store.prepare(min_free_bytes=settings().min_free_mib * 2**20)
+    return store
+
+
+def plan(recipe: Recipe) -> list[StageResult]:
+    """Every stage in order, with what is kept from earlier runs; runs nothing."""
+    store = preflight(recipe)
+    runner = PlanRunner(StageIndex(store))
+    with use_runner(runner):
+        story(recipe)
+    return runner.results
+
+
+@flow(name="compress", flow_run_name="compress-{recipe.name}", validate_parameters=True)
+def compress(recipe: Recipe, restart_from: str | None = None) -> dict[str, Any] | State[dict[str, Any]]:
+    """Take teachers to a verified edge model.
+
+    Args:
+        recipe: Everything the run needs: data, teachers, search, distillation, quantization, targets, policy.
+        restart_from: Name of a stage (data, teacher, search, distill, quantize, export, ...) from which on kept
+            results are not used.
+    """
+    in_ui = UiProgress()
+
+    def report(text: str, done: int, total: int) -> None:
+        in_ui(text, done, total)
+        show(text, done, total)
+
+    summary = run_recipe(recipe, report=report, runner=PrefectRunner, restart_from=restart_from)
+    publish(recipe.name, summary)
+    accepted = summary["outcome"] == "accept"
+    return Completed(name="Accepted" if accepted else "Rejected", message=summary["summary"][:900], data=summary)
+
+
+def publish(name: str, summary: dict[str, Any]) -> None:
+    """Table, report and MLflow link as artifacts of the flow run."""
+    folder = Path(summary["folder"])
+    main = [column for column in COLUMNS if column.main]
+    rows = [{column.title: show_cell(row.get(column.name), column.kind) for column in main} for row in read_rows(folder)]
+    create_table_artifact(key=f"comparison-{name}", table=rows, description=f"Every file of {name}, measured")
+    create_markdown_artifact(key=f"report-{name}", markdown=(folder / "report.md").read_text(), description="Report")
+    if summary["mlflow_url"].startswith("http"):
+        create_link_artifact(key="mlflow-run", link=summary["mlflow_url"], link_text="This run in MLflow")
+    else:
+        text = f"Run `{summary['mlflow_run']}` in `{summary['mlflow_url']}`; `stillhouse up` serves it as a page."
+        create_markdown_artifact(key="mlflow-run", markdown=text, description="This run in MLflow")
+
+
+def run_recipe(
+    recipe: Recipe,
+    *,
+    report: Report = lambda text, done, total: None,
+    runner: type[DirectRunner] = DirectRunner,
+    restart_from: str | None = None,
+) -> dict[str, Any]:
+    """Carry the story out, write the run folder and return its summary (JSON)."""
+    store = preflight(recipe)
+    set_threads(settings().threads)
+    tags = {"recipe": recipe.name}
+    if runtime.flow_run.id:
+        tags |= {
+            "prefect.flow_run_id": str(runtime.flow_run.id),
+            "prefect.flow_run_name": str(runtime.flow_run.name),
+            "mlflow.note.content": f"[Prefect flow run]({runtime.flow_run.ui_url})",
+        }
+    with tracking.recipe_run(recipe.name, {"recipe": recipe}, tags) as parent:
+        runs = runner(index=StageIndex(store), parent_run=parent, report=report, force_from=restart_from)
+        with use_runner(runs):
+            outcome = story(recipe)
+        content = recipe.model_dump(mode="json")
+        summary = write_run_folder(content, dump_recipe(recipe), outcome, runs.results, store, parent)
+        save_summary(summary)
+        return summary

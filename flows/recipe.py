@@ -1,0 +1,259 @@
+"""The recipe: everything one run needs, as one immutable value. Read from YAML, refused with place and way out."""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, Field, PositiveInt, ValidationError, model_validator
+
+from compression.augment import AnyAugment, NoAugment
+from compression.data import AnyData
+from compression.distill import DistillConfig
+from compression.errors import RecipeError
+from compression.quantize import AnyQuantizer
+from compression.search import AnySearch
+from compression.select import SelectConfig
+from compression.teachers import Teacher
+from compression.types import Frozen, Slug
+from export.gate import Policy
+from export.targets import AnyTarget
+
+class Recipe(Frozen):
+    """One whole run, from teachers to a verdict on what may ship."""
+
+    name: Slug
+    """Names the run folder and the registered model."""
+    description: str = ""
+    seed: int = Field(default=0, ge=0)
+    """Seeds every split, initialisation, permutation and augmented view."""
+    data: AnyData
+    augment: AnyAugment = NoAugment()
+    """Training-time augmentation; a pure function of seed, view and sample, so that teacher outputs can be kept."""
+    teachers: tuple[Teacher, ...] = Field(min_length=1)
+    select: SelectConfig
+    """Which teachers make the panel."""
+    search: AnySearch
+    """Which students are tried."""
+    distill: DistillConfig
+    quantize: AnyQuantizer | None = None
+    """Quantization-aware fine-tuning; required by targets with precision int8."""
+    targets: tuple[AnyTarget, ...] = Field(min_length=1)
+    policy: Policy
+    """What an accepted model must prove."""
+    benchmark_rounds: PositiveInt = 30
+    """Interleaved rounds of the latency benchmark; more rounds, narrower noise floor."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "Recipe":
+        names = [teacher.name for teacher in self.teachers]
+        _refuse_repeats("teachers", names)
+        _refuse_repeats("targets", [target.name for target in self.targets])
+        if self.select.panel_size > len(names):
+            raise ValueError(
+                f"select.panel_size is {self.select.panel_size}, but there are {len(names)} teachers. "
+                "Lower it, or add teachers."
+            )
+        for number, space in enumerate(self.search.spaces):
+            parent = getattr(space, "parent", None)
+            if parent is not None and parent not in names:
+                raise ValueError(f"search.spaces.{number}.parent is '{parent}', expected one of {', '.join(names)}.")
+        if self.quantize is None:
+            for target in self.targets:
+                if target.precision == "int8":
+                    raise ValueError(
+                        f"Target '{target.name}' has precision int8, but the recipe has no quantize section. "
+                        "Add `quantize: {kind: qat, ...}`, or use precision float32."
+                    )
+        if not any(target.kind == "onnxruntime" for target in self.targets):
+            raise ValueError("targets has no onnxruntime entry, but the evidence is measured with ONNX Runtime. Add one.")
+        return self
+
+
+def _refuse_repeats(where: str, names: Sequence[str]) -> None:
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise ValueError(f"{where} has the name '{repeated[0]}' twice, expected unique names. Rename one.")
+
+
+def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe in a YAML file, with ``a.b.0=value`` overrides applied.
+
+    Raises:
+        RecipeError: unreadable file, not YAML, or values that do not fit; the message lists every problem with
+            file, line, place in the file, what was found and what is expected.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        near = sorted(str(other) for other in path.parent.glob("*.y*ml")) if path.parent.is_dir() else []
+        hint = f" Recipes there: {', '.join(near)}." if near else " Shipped recipes are in recipes/."
+        raise RecipeError(f"Recipe '{path}' does not exist.{hint}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"Recipe '{path}' cannot be read: {error}.") from error
+    try:
+        raw = yaml.safe_load(text)
+        lines = _line_numbers(yaml.compose(text, Loader=yaml.SafeLoader))
+    except yaml.YAMLError as error:
+        raise RecipeError(f"Recipe '{path}' is not YAML: {error}") from error
+    if not isinstance(raw, dict):
+        raise RecipeError(f"Recipe '{path}' holds {type(raw).__name__}, expected a mapping of sections.")
+    for override in overrides:
+        _apply(raw, override)
+    return parse_recipe(raw, source=str(path), lines=lines)
+
+
+def parse_recipe(raw: Mapping[str, Any], *, source: str = "recipe", lines: Mapping[tuple, int] | None = None) -> Recipe:
+    """A recipe from nested plain values; RecipeError lists every problem."""
+    try:
+        return Recipe.model_validate(raw)
+    except ValidationError as error:
+        problems = explain(error, raw)
+        rows = []
+        for place, message in problems:
+            line = (lines or {}).get(place)
+            where = ".".join(str(part) for part in place) or "(whole recipe)"
+            rows.append(f"  {source}{f':{line}' if line else ''}  {where}: {message}")
+        count = "1 problem" if len(rows) == 1 else f"{len(rows)} problems"
+        raise RecipeError(f"Recipe '{source}' has {count}; nothing was run.\n" + "\n".join(rows)) from error
+
+
+def explain(error: ValidationError, raw: Any) -> list[tuple[tuple, str]]:
+    """(place, message) per real problem: for a union, only the member whose ``kind`` was written counts."""
+    kinds = _kinds_by_class()
+    problems: dict[tuple, str] = {}
+    for item in error.errors():
+        place: list[Any] = []
+        value: Any = raw
+        refused: str | None = None
+        for part in item["loc"]:
+            if isinstance(part, str) and part in kinds and not (isinstance(value, Mapping) and part in value):
+                written = value.get("kind") if isinstance(value, Mapping) else None
+                if written != kinds[part]:
+                    refused = kinds[part]
+                    break
+                continue
+            if isinstance(part, str) and part.startswith(("constrained-", "function-", "lax-or-strict")):
+                continue
+            place.append(part)
+            value = _child(value, part)
+        where = tuple(place)
+        if refused is not None:
+            problems.setdefault((*where, "kind"), _kind_message(value, item["loc"], error, kinds))
+        else:
+            problems[where] = _message(item, value)
+    real = [place for place in problems if place and place[-1] != "kind"]
+    return [
+        (place, message)
+        for place, message in problems.items()
+        if not (place and place[-1] == "kind" and message == "" and any(other[: len(place) - 1] == place[:-1] for other in real))
+        and message
+    ]  # fmt: skip
+
+
+def _kind_message(value: Any, loc: Sequence[Any], error: ValidationError, kinds: Mapping[str, str]) -> str:
+    """Empty when another member of the union did match by kind."""
+    depth = next(number for number, part in enumerate(loc) if isinstance(part, str) and part in kinds)
+    for number in range(len(loc) - 1, -1, -1):
+        if isinstance(loc[number], str) and loc[number] in kinds:
+            depth = number
+            break
+    prefix = tuple(loc[:depth])
+    members = {
+        kinds[str(item["loc"][depth])]
+        for item in error.errors()
+        if tuple(item["loc"][:depth]) == prefix and len(item["loc"]) > depth and str(item["loc"][depth]) in kinds
+    }
+    written = value.get("kind") if isinstance(value, Mapping) else None
+    if written in members:
+        return ""
+    wanted = ", ".join(sorted(members))
+    if written is None:
+        return f"is missing, expected one of: {wanted}. Say which kind this section is."
+    close = difflib.get_close_matches(str(written), sorted(members), n=1)
+    return f"is '{written}', expected one of: {wanted}." + (f" Did you mean '{close[0]}'?" if close else "")
+
+
+def _message(item: Any, value: Any) -> str:
+    kind, context = item["type"], item.get("ctx", {})
+    if kind == "extra_forbidden":
+        return "unknown key. Remove it, or correct its spelling (`stillhouse methods` lists the fields of each method)."
+    if kind == "missing":
+        return "is missing. Add it."
+    if kind == "value_error":
+        return str(context.get("error", item["msg"]))
+    return f"is {value!r}: {item['msg'][0].lower()}{item['msg'][1:]}."
+
+
+def _child(value: Any, part: Any) -> Any:
+    try:
+        return value[part]
+    except (KeyError, IndexError, TypeError):
+        return None
+
+
+def _kinds_by_class() -> dict[str, str]:
+    """Class name -> literal ``kind`` of every config that has one."""
+    found: dict[str, str] = {}
+    todo: list[type[BaseModel]] = [Frozen]
+    while todo:
+        cls = todo.pop()
+        todo.extend(cls.__subclasses__())
+        field = cls.model_fields.get("kind")
+        if field is not None and isinstance(field.default, str):
+            found[cls.__name__] = field.default
+    return found
+
+
+def _line_numbers(node: Any, place: tuple = ()) -> dict[tuple, int]:
+    lines = {place: node.start_mark.line + 1} if node is not None else {}
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            lines.update(_line_numbers(value, (*place, key.value)))
+            lines[(*place, key.value)] = key.start_mark.line + 1
+    elif isinstance(node, yaml.SequenceNode):
+        for number, value in enumerate(node.value):
+            lines.update(_line_numbers(value, (*place, number)))
+    return lines
+
+
+def _apply(raw: dict[str, Any], override: str) -> None:
+    """Set ``a.b.0=value`` in nested plain values; the value is read as YAML."""
+    dotted, separator, text = override.partition("=")
+    parts = [int(part) if part.isdigit() else part for part in dotted.strip().split(".")]
+    if not separator or not all(str(part) for part in parts):
+        raise RecipeError(f"Override '{override}' has no '=', expected NAME.NAME=VALUE, for example --set distill.train.epochs=5.")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"Override '{override}' has a value that is not YAML: {error}") from error
+    target: Any = raw
+    for depth, part in enumerate(parts[:-1]):
+        child = _child(target, part)
+        if not isinstance(child, dict | list):
+            _refuse_override(override, parts[: depth + 1], target)
+        target = child
+    last = parts[-1]
+    if isinstance(target, list):
+        if not isinstance(last, int) or last >= len(target):
+            _refuse_override(override, parts, target)
+        target[last] = value
+    elif isinstance(target, dict):
+        target[str(last)] = value  # a new key is checked with the whole recipe
+    else:
+        _refuse_override(override, parts, target)
+
+
+def _refuse_override(override: str, parts: Sequence[Any], target: Any) -> None:
+    choices = [str(key) for key in target] if isinstance(target, dict) else [str(n) for n in range(len(target or ()))]
+    close = difflib.get_close_matches(str(parts[-1]), choices, n=1)
+    raise RecipeError(
+        f"Override '{override}' names '{'.'.join(str(part) for part in parts)}', which the recipe does not have; "
+        f"expected one of: {', '.join(choices)}." + (f" Did you mean '{close[0]}'?" if close else "")
+    )
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The whole recipe as YAML, defaults included."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

@@ -1,0 +1,49 @@
+"""Stage 6: the students learn from the panel's stored outputs; control arms learn from labels alone."""
+
+from collections.abc import Mapping
+
+from compression.augment import AnyAugment
+from compression.checkpoint import load_checkpoint, save_checkpoint
+from compression.data import open_dataset
+from compression.distill import DistillConfig, distill
+from compression.metrics import evaluate
+from compression.teacher_outputs import StoredOutputs
+from tasks.progress import step_reporter
+from tasks.stage import StageOutput, StageResult, Work, stage
+from tasks.teachers import TRAINING_CODE, model_metrics
+
+
+@stage("distill", code=(*TRAINING_CODE, "compression.distill", "compression.teacher_outputs"), tags=("training",))
+def distill_student(
+    work: Work,
+    *,
+    name: str,
+    config: DistillConfig,
+    search: StageResult,
+    finalist: int,
+    panel: Mapping[str, StageResult],
+    data: StageResult,
+    augment: AnyAugment,
+    seed: int,
+) -> StageOutput:
+    """Train one finalist; with an empty panel it is the control arm without teachers."""
+    dataset = open_dataset(work.open(data))
+    student, spec = load_checkpoint(work.open(search) / "finalists" / str(finalist))
+    history = distill(
+        student,
+        [StoredOutputs.open(work.open(result)) for result in panel.values()],
+        dataset,
+        config,
+        seed=seed,
+        augment=augment,
+        checkpoint_dir=work.scratch,
+        on_step=step_reporter(work.report, f"training {name}"),
+    )
+    with work.store.put("checkpoint") as draft:
+        save_checkpoint(student, spec, draft.folder)
+    metrics = model_metrics(student, spec.input_shape)
+    metrics |= evaluate(student, dataset.validation, spec.preprocessing).model_dump(exclude={"num_samples"})
+    work.run.log_series(history.rows, prefix="train/")
+    return StageOutput(artifact=draft.done(), metrics=metrics, info={"history": history.rows, "panel": list(panel)})
+
+

@@ -1,0 +1,137 @@
+"""Stages 10 and 11: evidence and policy to a verdict; an accepted file to the model registry."""
+
+import importlib.metadata
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from compression.data import open_dataset
+from compression.statistics import accuracy_drop, mcnemar
+from export.benchmark import BenchmarkResult
+from export.evidence import Evidence, latency_facts, worst_class_drop
+from export.gate import Policy, RunVerdict, Verdict, combine, decide
+from export.runtime import cpu_features
+from export.shipping import choose_shipped
+from export.targets import AnyTarget, OnnxRuntimeTarget
+from tasks import tracking
+from tasks.stage import StageOutput, StageResult, Work, stage
+
+
+@stage("gate", code=("export.gate", "export.shipping", "export.evidence", "compression.statistics"))
+def judge(
+    work: Work,
+    *,
+    name: str,
+    policy: Policy,
+    targets: Sequence[AnyTarget],
+    best_teacher: str,
+    students: Sequence[str],
+    files: Mapping[str, StageResult],
+    engines: Mapping[str, StageResult],
+    data: StageResult,
+    evaluation: StageResult,
+    benchmark: StageResult,
+    seed: int,
+) -> StageOutput:
+    """Decide, for every target, which file ships and why; decided on interval bounds."""
+    folder = work.open(evaluation)
+    facts = json.loads((folder / "evaluation.json").read_text())
+    timing = BenchmarkResult.model_validate_json((work.open(benchmark) / "latency.json").read_text())
+    labels = open_dataset(work.open(data)).test.labels
+    correct = {file: torch.from_numpy(np.load(folder / f"{file}.correct.npy")) for file in facts["metrics"]}
+    reference = f"teacher-{best_teacher}.float32"
+    verdicts: dict[str, Verdict] = {}
+    for target in targets:
+        limits = policy.model_copy(update=_budgets(policy, target))
+        if isinstance(target, OnnxRuntimeTarget):
+            forms = ("float32", "int8") if target.precision == "int8" else ("float32",)
+            candidates = [f"{student}.{form}" for student in students for form in forms if f"{student}.{form}" in files]
+            evidence = [
+                _evidence(target, file, reference, facts, timing, correct, labels, files, seed) for file in candidates
+            ]
+            verdicts[target.name] = choose_shipped(limits, evidence)
+        else:
+            for engine, result in engines.items():
+                if f".{target.name}" in engine:
+                    built = Evidence(
+                        target=target.name, candidate=engine, precision=target.precision, ran=False, size_bytes=result.artifact.size_bytes
+                    )  # fmt: skip
+                    verdicts[engine] = decide(limits, built)
+    verdict = combine(verdicts)
+    with work.store.put("verdict") as draft:
+        (draft.folder / "verdict.json").write_text(verdict.model_dump_json(indent=1))
+    work.run.tag({"verdict": verdict.outcome})
+    return StageOutput(artifact=draft.done(), info=verdict.model_dump(mode="json"))
+
+
+def _budgets(policy: Policy, target: AnyTarget) -> dict[str, Any]:
+    """The tighter of the policy's and the target's budgets."""
+    tighter = {}
+    for field in ("max_latency_p95_ms", "max_size_kib"):
+        limits = [value for value in (getattr(policy, field), getattr(target, field, None)) if value is not None]
+        tighter[field] = min(limits) if limits else None
+    return tighter
+
+
+def _evidence(
+    target: OnnxRuntimeTarget,
+    file: str,
+    reference: str,
+    facts: Mapping[str, Any],
+    timing: BenchmarkResult,
+    correct: Mapping[str, torch.Tensor],
+    labels: torch.Tensor,
+    files: Mapping[str, StageResult],
+    seed: int,
+) -> Evidence:
+    metrics, teacher = facts["metrics"][file], facts["metrics"][reference]
+    share = facts["integer_share"].get(file)
+    rung = next((row for row in facts["parity"] if row["file"] == file and row["parity"]), None)
+    features = cpu_features()
+    return Evidence(
+        target=target.name,
+        candidate=file,
+        precision=files[file].info["form"],
+        num_samples=len(labels),
+        num_classes=int(labels.max()) + 1,
+        accuracy=metrics["accuracy"],
+        teacher_accuracy=teacher["accuracy"],
+        accuracy_drop=accuracy_drop(correct[reference], correct[file], seed=seed),
+        mcnemar_p=mcnemar(correct[reference], correct[file]),
+        worst_class_drop=worst_class_drop(correct[reference], correct[file], labels, seed=seed),
+        ece=metrics["ece"],
+        teacher_ece=teacher["ece"],
+        flips=rung["parity"]["flips"] if rung else None,
+        parent=reference,
+        integer_share=share["integer"] / max(share["total"], 1) if share else None,
+        vnni=features.vnni or features.dot_product,
+        num_nodes=sum(share["operators"].values()) if share else None,
+        **latency_facts(timing, file, batch=target.batch_sizes[0]),  # type: ignore[arg-type]
+    )
+
+
+@stage("register", libraries=("mlflow",))
+def register(
+    work: Work, *, name: str, verdict: StageResult, files: Mapping[str, StageResult], lineage: str
+) -> StageOutput:
+    """Make the shipped file a new version of the registered model, with alias ``candidate``."""
+    decided = RunVerdict.model_validate(verdict.info)
+    target, shipped = next((key, item.ships) for key, item in decided.targets.items() if item.ships)
+    path: Path = work.open(files[shipped]) / "model.onnx"
+    requirements = [f"{package}=={importlib.metadata.version(package)}" for package in ("onnx", "onnxruntime-gpu")]
+    version = tracking.register_model(
+        name=name,
+        onnx_path=path,
+        run=work.run,
+        alias="candidate",
+        tags={"target": target, "file": shipped, "sha256": files[shipped].info["sha256"], "lineage": lineage},
+        requirements=requirements,
+    )
+    facts = {"model": name, "version": version, "alias": "candidate", "file": shipped}
+    with work.store.put("registration") as draft:
+        (draft.folder / "registration.json").write_text(json.dumps(facts, sort_keys=True))
+    return StageOutput(artifact=draft.done(), info=facts)

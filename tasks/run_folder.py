@@ -1,0 +1,349 @@
+"""``runs/<recipe>/<run-id>/``: everything a person or a script wants to know about a run, as plain files."""
+
+import csv
+import datetime as dt
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from export.benchmark import BenchmarkResult
+from export.comparison import COLUMNS, pareto_flags, read_comparison, write_comparison
+from export.gate import RunVerdict
+from export.report.page import build_report
+from export.runtime import cpu_features
+from tasks import tracking
+from tasks.artifacts import Store
+from tasks.export import write_target
+from tasks.settings import SOURCE_ROOT, settings
+from tasks.stage import StageResult
+
+PACKAGES = ("torch", "torchvision", "torchao", "timm", "torch-pruning", "onnx", "onnxruntime-gpu", "tensorrt-rtx", "prefect", "mlflow", "optuna")  # fmt: skip
+Results = Mapping[str, StageResult]
+
+
+class OutcomeLike(Protocol):
+    """The handles of a finished run, by role and name (``flows.compress.Outcome``)."""
+
+    data: StageResult
+    teachers: dict[str, StageResult]
+    selection: StageResult
+    search: StageResult
+    students: dict[str, StageResult]
+    controls: dict[str, StageResult]
+    quantized: dict[str, StageResult]
+    files: dict[str, StageResult]
+    engines: dict[str, StageResult]
+    evaluation: StageResult | None
+    benchmark: StageResult | None
+    verdict: StageResult | None
+    registered: StageResult | None
+
+
+def write_run_folder(
+    recipe: Mapping[str, Any],
+    recipe_yaml: str,
+    outcome: OutcomeLike,
+    results: Sequence[StageResult],
+    store: Store,
+    parent: tracking.Run,
+) -> dict[str, Any]:
+    """Write the folder, log it on the parent run, and return the summary that is shown to people (JSON)."""
+    if outcome.evaluation is None or outcome.benchmark is None or outcome.verdict is None:
+        raise ValueError("A run folder needs the evaluation, the benchmark and the verdict.")
+    name = str(recipe["name"])
+    stamp = dt.datetime.now(dt.UTC).strftime("%Y%m%dT%H%M%SZ")
+    folder = settings().runs_dir / name / f"{stamp}-{parent.id[:8]}"
+    folder.mkdir(parents=True, exist_ok=True)
+    facts = json.loads((store.open(outcome.evaluation.artifact) / "evaluation.json").read_text())
+    timing_folder = store.open(outcome.benchmark.artifact)
+    timing = BenchmarkResult.model_validate_json((timing_folder / "latency.json").read_text())
+    verdict = RunVerdict.model_validate(outcome.verdict.info)
+
+    (folder / "recipe.resolved.yaml").write_text(recipe_yaml, encoding="utf-8")
+    _write_json(folder / "env.json", environment(recipe))
+    _write_json(folder / "lineage.json", [_lineage_row(result) for result in results])
+    _write_json(folder / "selection.json", outcome.selection.info)
+    trained = {**outcome.teachers, **outcome.students, **outcome.controls}
+    histories = {key: result.info.get("history", []) for key, result in trained.items()}
+    histories |= {f"{key} (quantize)": result.info.get("history", []) for key, result in outcome.quantized.items()}
+    _write_json(folder / "histories.json", {key: rows for key, rows in histories.items() if rows})
+    _write_json(folder / "reliability.json", facts["reliability"])
+    (folder / "verdict.json").write_text(verdict.model_dump_json(indent=1))
+    shutil.copyfile(store.open(outcome.search.artifact) / "trials.csv", folder / "trials.csv")
+    for file in ("latency.json", "latency_raw.csv"):
+        shutil.copyfile(timing_folder / file, folder / file)
+    _write_parity(folder / "parity.csv", facts["parity"])
+    rows = comparison_rows(recipe, outcome, facts, timing, verdict)
+    write_comparison(rows, folder / "comparison.csv")
+    _write_teachers(folder / "teachers.csv", recipe, outcome, facts, timing)
+    _write_exports(folder / "export", recipe, outcome, verdict, store)
+    build_report(folder)
+
+    for path in sorted(folder.iterdir()):
+        if path.is_file() and path.name != "latency_raw.csv":
+            parent.log_file(path)
+    parent.log_metrics(_headline(rows, verdict))
+    parent.tag({"verdict": verdict.outcome, "run_folder": str(folder)})
+    return {
+        "recipe": name,
+        "run": folder.name,
+        "folder": str(folder),
+        "outcome": verdict.outcome,
+        "ships": {target: item.ships for target, item in verdict.targets.items() if item.ships},
+        "reasons": [reason for item in verdict.targets.values() if item.ran for reason in item.reasons],
+        "summary": verdict.summary,
+        "registered": outcome.registered.info if outcome.registered else {},
+        "mlflow_run": parent.id,
+        "mlflow_url": parent.url,
+    }
+
+
+def comparison_rows(
+    recipe: Mapping[str, Any],
+    outcome: OutcomeLike,
+    facts: Mapping[str, Any],
+    timing: BenchmarkResult,
+    verdict: RunVerdict,
+) -> list[dict[str, Any]]:
+    """One row per file and batch size, in the columns of ``export.comparison``."""
+    shipped = {item.ships: target for target, item in verdict.targets.items() if item.ships}
+    judged = {item.candidate: item for item in verdict.targets.values()}
+    best = timing.reference
+    features = cpu_features()
+    isa = "+".join(flag for flag in ("avx2", "avx512", "vnni", "dot_product") if getattr(features, flag))
+    rungs = {row["file"]: row["parity"] for row in facts["parity"] if row.get("file") and row["parity"]}
+    rows: list[dict[str, Any]] = []
+    batches = sorted({row.batch for row in timing.rows})
+    points = []
+    for file, result in outcome.files.items():
+        base, _, form = file.partition(".")
+        role, model, seconds = _origin(base, outcome)
+        metrics = facts["metrics"][file]
+        control = None
+        if role == "student":
+            control = f"{base}.int8-ptq" if form == "int8" else f"{base}-control.float32"
+            control = control if control in outcome.files and form != "int8-ptq" else None
+        if form.startswith("int8") and form != "int8-ptq" and base in outcome.quantized:
+            seconds += outcome.quantized[base].seconds
+        row: dict[str, Any] = {
+            "id": file,
+            "role": "control" if form == "int8-ptq" else role,
+            "parent": {"teacher": None, "student": best, "control": best}[role] if form == "float32" else f"{base}.float32",
+            "control": control,
+            "stages": _stages(role, form),
+            "recipe": recipe["name"],
+            "teachers": ", ".join(model.info.get("panel", [])) or None,
+            "seed": recipe["seed"],
+            **{key: metrics[key] for key in ("accuracy", "nll", "ece", "brier")},
+            "delta_teacher": metrics["accuracy"] - facts["metrics"][best]["accuracy"],
+            "params": model.metrics.get("params"),
+            "macs": model.metrics.get("macs"),
+            "precision": form.removesuffix("-ptq").removesuffix("-symmetric"),
+            "size_bytes": result.metrics["size_bytes"],
+            "runtime": f"onnxruntime {timing.environment.get('onnxruntime', '')}".strip(),
+            "provider": "CPU",
+            "isa": isa or None,
+            "seconds": seconds,
+            "verdict": _verdict_word(file, shipped, judged),
+            "status": "cached" if result.cached else "measured",
+        }
+        if control is not None:
+            row["delta_control"] = metrics["accuracy"] - facts["metrics"][control]["accuracy"]
+        if file in rungs:
+            row |= {"flips": rungs[file]["flips"], "parity_max_abs": rungs[file]["max_abs"], "parity_kl": rungs[file]["kl"]}
+        timed = {row_.batch: row_ for row_ in timing.rows if row_.model == file}
+        for batch in batches if timed else [None]:
+            measured = timed.get(batch) if batch is not None else None
+            cells = dict(row)
+            if measured is not None:
+                names = {column.name for column in COLUMNS}
+                cells |= {key: value for key, value in measured.model_dump().items() if key in names}
+                cells |= {"threads": timing.environment.get("threads")}
+            elif file in timing.failures:
+                cells["status"] = f"failed: {timing.failures[file]}"
+            rows.append(cells)
+            points.append((measured.latency_p50_ms if measured else float("nan"), metrics["accuracy"], batch))
+    for batch in batches:
+        places = [place for place, point in enumerate(points) if point[2] == batch]
+        for place, flag in zip(places, pareto_flags([points[place][:2] for place in places]), strict=True):
+            rows[place]["pareto"] = flag
+    for engine, result in outcome.engines.items():
+        rows.append(
+            {
+                "id": engine,
+                "role": "engine",
+                "precision": result.info.get("precision"),
+                "recipe": recipe["name"],
+                "size_bytes": result.metrics["size_bytes"],
+                "runtime": f"{result.info.get('backend')} {result.info.get('backend_version')}",
+                "seconds": result.seconds,
+                "status": result.info.get("status"),
+            }
+        )
+    return rows
+
+
+def _origin(base: str, outcome: OutcomeLike) -> tuple[str, StageResult, float]:
+    """(role, the result that trained it, seconds its stages took)."""
+    if base in outcome.students:
+        result = outcome.students[base]
+        return "student", result, result.seconds
+    if base in outcome.controls:
+        result = outcome.controls[base]
+        return "control", result, result.seconds
+    result = outcome.teachers[base.removeprefix("teacher-")]
+    return "teacher", result, result.seconds
+
+
+def _stages(role: str, form: str) -> str:
+    made = {"teacher": ["train"], "student": ["search", "distil"], "control": ["search", "train"]}[role]
+    extra = {"int8": ["qat", "export"], "int8-symmetric": ["qat", "export"], "int8-ptq": ["ptq"]}.get(form, ["export"])
+    return " > ".join([*made, *extra])
+
+
+def _verdict_word(file: str, shipped: Mapping[str, str], judged: Mapping[str, Any]) -> str | None:
+    if file in shipped:
+        return "ships"
+    return judged[file].outcome if file in judged else None
+
+
+def _headline(rows: Sequence[Mapping[str, Any]], verdict: RunVerdict) -> dict[str, float]:
+    """The shipped file's numbers under the names every stage uses, for the parent run."""
+    names = ("accuracy", "ece", "nll", "params", "macs", "size_bytes", "latency_p50_ms", "latency_p95_ms")
+    for row in rows:
+        if row.get("verdict") == "ships":
+            shipped = {name: float(row[name]) for name in names if row.get(name) is not None}
+            return {**shipped, "accepted": float(verdict.outcome == "accept")}
+    return {"accepted": float(verdict.outcome == "accept")}
+
+
+def _lineage_row(result: StageResult) -> dict[str, Any]:
+    return {
+        "stage": result.stage,
+        "name": result.name,
+        "key": result.key,
+        "cached": result.cached,
+        "seconds": round(result.seconds, 3),
+        "inputs": list(result.inputs),
+        "output": result.artifact.sha256,
+        "size_bytes": result.artifact.size_bytes,
+        "mlflow_run_id": result.run_id,
+        "metrics": result.metrics,
+    }
+
+
+def environment(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """What the numbers were measured with."""
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    commit = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=SOURCE_ROOT, capture_output=True, text=True, check=False
+    ).stdout.strip()
+    return {
+        "python": sys.version.split()[0],
+        "platform": platform.platform(),
+        "cpu": cpu_features().model_dump(mode="json"),
+        "cores": os.cpu_count(),
+        "packages": versions,
+        "commit": commit or "not a git checkout",
+        "seed": recipe["seed"],
+    }
+
+
+def _write_parity(path: Path, rungs: Sequence[Mapping[str, Any]]) -> None:
+    columns = ("name", "against", "status", "top1", "flips", "kl", "max_abs", "mean_abs", "floor", "note")
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns, extrasaction="ignore")
+        writer.writeheader()
+        for rung in rungs:
+            writer.writerow({**rung, **(rung["parity"] or {})})
+
+
+def _write_teachers(
+    path: Path, recipe: Mapping[str, Any], outcome: OutcomeLike, facts: Mapping[str, Any], timing: BenchmarkResult
+) -> None:
+    scores = outcome.selection.info
+    columns = ("name", "kind", "in_panel", "accuracy", "validation_accuracy", "nll", "ece", "params", "macs", "size_bytes", "latency_p50_ms")  # fmt: skip
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        for name, result in outcome.teachers.items():
+            row = f"teacher-{name}.float32"
+            latency = next((item.latency_p50_ms for item in timing.rows if item.model == row), None)
+            writer.writerow(
+                {
+                    "name": name,
+                    "kind": result.info.get("kind"),
+                    "in_panel": name in scores.get("panel", []),
+                    **{key: facts["metrics"][row][key] for key in ("accuracy", "nll", "ece")},
+                    "validation_accuracy": result.metrics.get("accuracy"),
+                    **{key: result.metrics.get(key) for key in ("params", "macs")},
+                    "size_bytes": outcome.files[row].metrics["size_bytes"],
+                    "latency_p50_ms": latency,
+                }
+            )
+
+
+def _write_exports(
+    folder: Path, recipe: Mapping[str, Any], outcome: OutcomeLike, verdict: RunVerdict, store: Store
+) -> None:
+    for target in recipe["targets"]:
+        name = target["name"]
+        files: dict[str, Path] = {}
+        notes: dict[str, Any] = {"recipe": recipe["name"], "data": outcome.data.artifact.sha256}
+        if target["kind"] == "onnxruntime":
+            ships = verdict.targets[name].ships
+            candidate = ships or verdict.targets[name].candidate
+            notes |= {"accepted": ships is not None, "file": candidate}
+            files["model.onnx"] = store.open(outcome.files[candidate].artifact) / "model.onnx"
+        else:
+            for engine, result in outcome.engines.items():
+                if f".{name}" in engine:
+                    place = store.open(result.artifact)
+                    files[f"{engine}.engine"] = place / "model.engine"
+                    files[f"{engine}.json"] = place / "engine.json"
+            notes["status"] = "built, not run"
+        write_target(folder / name, target, files, notes)
+
+
+def _write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, indent=1, default=str), encoding="utf-8")
+
+
+def run_folders(recipe: str | None = None) -> list[Path]:
+    """Finished run folders, oldest first; of one recipe or of all."""
+    places = [settings().runs_dir / recipe] if recipe else sorted(settings().runs_dir.glob("*"))
+    return [run for place in places if place.is_dir() for run in sorted(place.iterdir()) if (run / "summary.json").is_file()]
+
+
+def save_summary(summary: Mapping[str, Any]) -> None:
+    """Mark the run folder as finished."""
+    _write_json(Path(summary["folder"]) / "summary.json", dict(summary))
+
+
+def latest_finished(recipe: str, recipe_yaml: str) -> dict[str, Any] | None:
+    """Summary of the newest finished run of exactly this recipe."""
+    for folder in reversed(run_folders(recipe)):
+        if (folder / "recipe.resolved.yaml").read_text(encoding="utf-8") == recipe_yaml:
+            return json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    return None
+
+
+def read_rows(folder: Path) -> list[dict[str, Any]]:
+    """Comparison rows of a run folder.
+
+    Raises:
+        FileNotFoundError: it is not a run folder.
+    """
+    return read_comparison(folder / "comparison.csv")

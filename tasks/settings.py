@@ -1,0 +1,77 @@
+"""Facts of this machine: where things are kept, which servers to talk to. Never part of a recipe."""
+
+import os
+from functools import cache
+from pathlib import Path
+
+from pydantic import Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+SOURCE_ROOT = Path(__file__).resolve().parent.parent
+
+
+def _project_root() -> Path:
+    """The repository when installed from one, else the working folder."""
+    return SOURCE_ROOT if (SOURCE_ROOT / "pyproject.toml").is_file() else Path.cwd()
+
+
+class Settings(BaseSettings):
+    """Read from the environment: every field is ``STILLHOUSE_<NAME>``."""
+
+    model_config = SettingsConfigDict(env_prefix="STILLHOUSE_", frozen=True, extra="ignore")
+
+    root: Path = Field(default_factory=_project_root)
+    """Folder that holds recipes, runs and mlruns."""
+    home: Path | None = None
+    """Store, stage index, locks and server state; default ``<root>/.stillhouse``."""
+    runs: Path | None = None
+    """Run folders; default ``<root>/runs``."""
+    mlflow_uri: str | None = None
+    """MLflow tracking server or database; default SQLite at ``<root>/mlruns/mlflow.db``."""
+    experiment: str = "stillhouse"
+    """MLflow experiment that holds all runs."""
+    threads: int = Field(default=0, ge=0)
+    """Threads for training; 0 takes every core."""
+    min_free_mib: int = Field(default=512, ge=0)
+    """Refuse to start with less free disk than this under ``home``."""
+
+    @property
+    def home_dir(self) -> Path:
+        return (self.home or self.root / ".stillhouse").absolute()
+
+    @property
+    def runs_dir(self) -> Path:
+        return (self.runs or self.root / "runs").absolute()
+
+    @property
+    def store_dir(self) -> Path:
+        return self.home_dir / "store"
+
+    @property
+    def mlruns_dir(self) -> Path:
+        return (self.root / "mlruns").absolute()
+
+    @property
+    def tracking_uri(self) -> str:
+        return self.mlflow_uri or f"sqlite:///{self.mlruns_dir / 'mlflow.db'}"
+
+
+@cache
+def settings() -> Settings:
+    """The settings of this process; tests call ``settings.cache_clear()`` after changing the environment."""
+    return Settings()
+
+
+def prepare_prefect() -> None:
+    """Set Prefect's own environment before it is imported: project-local home, patient ephemeral server, no telemetry."""
+    defaults = {
+        "PREFECT_HOME": str(settings().home_dir / "prefect"),
+        "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "DO_NOT_TRACK": "1",
+        "PREFECT_LOGGING_EXTRA_LOGGERS": "compression,export,tasks",
+        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+        "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
+    }
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)

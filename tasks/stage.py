@@ -1,0 +1,333 @@
+"""A stage: a function from handles to a handle, skipped when the same work was done before.
+
+The stage key is a hash of the stage's name, the source of the code it names, the library versions it depends on
+and its inputs (configs as JSON, artifacts as digests). ``<store>/stages/<key>.json`` holds what came out. A kept
+result counts only if its artifact still verifies, so a damaged file is recomputed instead of served.
+"""
+
+import hashlib
+import importlib.metadata
+import importlib.util
+import inspect
+import json
+import logging
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Protocol
+
+from filelock import FileLock, Timeout
+from pydantic import BaseModel, ValidationError
+
+from compression.types import Frozen
+from tasks import tracking
+from tasks.artifacts import Artifact, Store, write_durably
+from tasks.settings import settings
+
+logger = logging.getLogger(__name__)
+
+PENDING = "pending"
+
+
+class StageResult(Frozen):
+    """What a stage returns; only handles and small facts, never tensors."""
+
+    stage: str
+    name: str
+    """What it was done for: a teacher, a student, a target."""
+    key: str
+    artifact: Artifact
+    metrics: dict[str, float] = {}
+    info: dict[str, Any] = {}
+    """Small JSON facts that later stages or the report need."""
+    inputs: tuple[str, ...] = ()
+    """Digests of the artifacts that went in."""
+    seconds: float = 0.0
+    run_id: str = ""
+    """MLflow run that did the work."""
+    cached: bool = False
+
+    @property
+    def is_pending(self) -> bool:
+        """Whether this stands for work that a plan found still to be done."""
+        return self.artifact.sha256 == PENDING
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a running stage may use."""
+
+    store: Store
+    run: tracking.Run
+    scratch: Path
+    """Kept until the stage succeeds, the same folder on a second try: step checkpoints go here."""
+    report: Callable[[str, int, int], None]
+    """``report(text, done, total)`` moves the progress bar."""
+
+    def open(self, result: "StageResult") -> Path:
+        """The verified folder of an input."""
+        return self.store.open(result.artifact)
+
+
+class StageOutput(Frozen):
+    """What a stage's function returns."""
+
+    artifact: Artifact
+    metrics: dict[str, float] = {}
+    info: dict[str, Any] = {}
+
+
+class StageFn(Protocol):
+    """``fn(work, *, name, **inputs)``; inputs are Frozen configs, StageResults, tuples or dicts of them, or JSON."""
+
+    __name__: str
+    __doc__: str | None
+
+    def __call__(self, work: Work, *, name: str, **inputs: Any) -> StageOutput: ...
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A named function with the code and libraries its result depends on."""
+
+    name: str
+    fn: Callable[..., StageOutput]
+    code: tuple[str, ...]
+    libraries: tuple[str, ...]
+    tags: tuple[str, ...]
+
+    def __call__(self, *, name: str, **inputs: Any) -> StageResult:
+        return current_runner().run(self, name, inputs)
+
+    def key(self, name: str, inputs: Mapping[str, Any]) -> str:
+        """Digest of everything the result depends on."""
+        payload = {
+            "stage": self.name,
+            "name": name,
+            "code": code_digest((self.fn.__module__, *self.code)),
+            "libraries": {library: importlib.metadata.version(library) for library in self.libraries},
+            "inputs": _canonical(dict(inputs)),
+        }
+        return hashlib.sha256(json.dumps(payload, sort_keys=True).encode()).hexdigest()
+
+
+def stage(
+    name: str, *, code: tuple[str, ...] = (), libraries: tuple[str, ...] = ("torch",), tags: tuple[str, ...] = ()
+) -> Callable[[Callable[..., StageOutput]], Stage]:
+    """Make a stage of a function; ``code`` names the modules and packages its result depends on."""
+    return lambda fn: Stage(name=name, fn=fn, code=code, libraries=libraries, tags=tags)
+
+
+@cache
+def code_digest(modules: tuple[str, ...]) -> str:
+    """SHA-256 over the source files of modules and packages (a package counts with all its modules)."""
+    digest = hashlib.sha256()
+    for module in sorted(set(modules)):
+        spec = importlib.util.find_spec(module)
+        if spec is None or spec.origin is None:
+            raise ValueError(f"Module '{module}' named as a stage's code does not exist.")
+        origin = Path(spec.origin)
+        files = sorted(origin.parent.rglob("*.py")) if origin.name == "__init__.py" else [origin]
+        for file in files:
+            digest.update(file.name.encode())
+            digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def _canonical(value: Any) -> Any:
+    if isinstance(value, StageResult):
+        return {"kind": value.artifact.kind, "sha256": value.artifact.sha256}
+    if isinstance(value, BaseModel):
+        return value.model_dump(mode="json")
+    if isinstance(value, Mapping):
+        return {str(key): _canonical(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_canonical(item) for item in value]
+    if isinstance(value, Path):
+        return str(value)
+    return value
+
+
+def results_in(value: Any) -> Iterator[StageResult]:
+    """Every StageResult inside nested inputs."""
+    if isinstance(value, StageResult):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from results_in(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from results_in(item)
+
+
+class StageIndex:
+    """``<store>/stages/<key>.json``: what came out of finished work."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self.folder = store.root / "stages"
+
+    def get(self, key: str) -> StageResult | None:
+        """The kept result, if its record reads and its artifact verifies; otherwise None (damage is quarantined)."""
+        path = self.folder / f"{key}.json"
+        try:
+            result = StageResult.model_validate_json(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        except (ValidationError, UnicodeDecodeError):
+            logger.warning("Stage record '%s' is damaged; the stage is recomputed.", path.name)
+            path.unlink(missing_ok=True)
+            return None
+        if self.store.is_intact(result.artifact):
+            return result.model_copy(update={"cached": True})
+        if self.store.place(result.artifact).exists():
+            moved = self.store.quarantine(result.artifact)
+            logger.warning(
+                "Artifact '%s' of stage '%s' has other bytes than were written; moved to '%s' and recomputed.",
+                result.artifact.kind, result.stage, moved,
+            )  # fmt: skip
+        return None
+
+    def keep(self, result: StageResult) -> None:
+        """Record a finished stage."""
+        write_durably(self.folder / f"{result.key}.json", result.model_dump_json(indent=1))
+
+    def forget(self, key: str) -> None:
+        """Drop a record, so that the stage runs again."""
+        (self.folder / f"{key}.json").unlink(missing_ok=True)
+
+
+class Runner(Protocol):
+    """Decides how a stage call is carried out."""
+
+    def run(self, stage: Stage, name: str, inputs: Mapping[str, Any]) -> StageResult: ...
+
+
+_runner: ContextVar[Runner | None] = ContextVar("stage_runner", default=None)
+
+
+def current_runner() -> Runner:
+    """The runner of the enclosing ``use_runner`` block."""
+    runner = _runner.get()
+    if runner is None:
+        raise RuntimeError("A stage was called outside of a run: wrap the call in `use_runner(...)`.")
+    return runner
+
+
+@contextmanager
+def use_runner(runner: Runner) -> Iterator[Runner]:
+    """Carry out all stage calls of the block with ``runner``."""
+    token = _runner.set(runner)
+    try:
+        yield runner
+    finally:
+        _runner.reset(token)
+
+
+class PlanRunner:
+    """Looks every stage up and runs nothing; unfinished ones come back as pending placeholders."""
+
+    def __init__(self, index: StageIndex) -> None:
+        self.index = index
+        self.results: list[StageResult] = []
+
+    def run(self, stage: Stage, name: str, inputs: Mapping[str, Any]) -> StageResult:
+        """The kept result, or a pending placeholder."""
+        result = None
+        key = PENDING
+        if not any(item.is_pending for item in results_in(inputs)):
+            key = stage.key(name, inputs)
+            result = self.index.get(key)
+        if result is None:
+            nothing = Artifact(kind=PENDING, sha256=PENDING, size_bytes=0)
+            result = StageResult(stage=stage.name, name=name, key=key, artifact=nothing)
+        self.results.append(result)
+        return result
+
+
+@dataclass
+class DirectRunner:
+    """Runs stages in this process, one after the other, with cache, lock, MLflow and resume."""
+
+    index: StageIndex
+    parent_run: tracking.Run
+    report: Callable[[str, int, int], None] = lambda text, done, total: None
+    force_from: str | None = None
+    """Stage name from which on kept results are not used."""
+
+    def __post_init__(self) -> None:
+        self.results: list[StageResult] = []
+        self._forcing = False
+
+    def run(self, stage: Stage, name: str, inputs: Mapping[str, Any]) -> StageResult:
+        """The kept result of the same work, or a fresh one."""
+        result = self.execute(stage, name, inputs)
+        self.results.append(result)
+        return result
+
+    def execute(self, stage: Stage, name: str, inputs: Mapping[str, Any]) -> StageResult:
+        """Like ``run``, without adding to the list of results."""
+        key = stage.key(name, inputs)
+        self._forcing = self._forcing or stage.name == self.force_from
+        with stage_lock(key, f"{stage.name} '{name}'"):
+            kept = None if self._forcing else self.index.get(key)
+            if kept is not None:
+                tracking.log_cached_stage(self.parent_run, kept)
+                return kept
+            return self._fresh(stage, name, key, inputs)
+
+    def _fresh(self, stage: Stage, name: str, key: str, inputs: Mapping[str, Any]) -> StageResult:
+        scratch = settings().home_dir / "scratch" / key
+        scratch.mkdir(parents=True, exist_ok=True)
+        started = time.monotonic()
+        params = {field: value for field, value in inputs.items() if not list(results_in(value))}
+        with tracking.stage_run(self.parent_run, stage=stage.name, name=name, key=key, params=params) as run:
+            work = Work(store=self.index.store, run=run, scratch=scratch, report=self.report)
+            try:
+                output = stage.fn(work, name=name, **inputs)
+            except Exception as error:
+                error.add_note(f"Stage '{stage.name}' of '{name}' failed. Finished stages are kept; run again to resume.")
+                raise
+            result = StageResult(
+                stage=stage.name,
+                name=name,
+                key=key,
+                artifact=output.artifact,
+                metrics=output.metrics,
+                info=output.info,
+                inputs=tuple(sorted({item.artifact.sha256 for item in results_in(inputs)})),
+                seconds=time.monotonic() - started,
+                run_id=run.id,
+            )
+            run.log_metrics({**result.metrics, "stage_seconds": result.seconds})
+        self.index.keep(result)
+        shutil.rmtree(scratch, ignore_errors=True)
+        return result
+
+
+@contextmanager
+def stage_lock(key: str, what: str) -> Iterator[None]:
+    """Only one process works on a stage key; another waits and then finds the result."""
+    folder = settings().home_dir / "locks"
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / f"{key}.lock")
+    try:
+        lock.acquire(timeout=0.05)
+    except Timeout:
+        logger.info("Waiting: another process (of %d) is working on %s.", os.getpid(), what)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def stage_doc(stage: Stage) -> str:
+    """First line of the stage's docstring."""
+    return (inspect.getdoc(stage.fn) or "").partition("\n")[0]

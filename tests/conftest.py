@@ -1,0 +1,25 @@
+"""Every test gets its own home: nothing is written to the project's store, runs or mlruns."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW", "ignore")
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A fresh root for store, runs and MLflow, as settings see it."""
+    from tasks import tracking
+    from tasks.settings import settings
+
+    monkeypatch.setenv("STILLHOUSE_ROOT", str(tmp_path))
+    monkeypatch.setenv("STILLHOUSE_THREADS", "1")
+    caches = (settings, tracking.client, tracking.experiment_id)
+    for cache in caches:
+        cache.cache_clear()
+    yield tmp_path
+    for cache in caches:
+        cache.cache_clear()
