@@ -50,7 +50,10 @@ def metrics_of(logits: Tensor, labels: Tensor) -> Metrics:
         ShapeError: shapes do not fit, or there are no samples.
         CompressionError: some logits are not finite.
     """
-    from torchmetrics.functional.classification import multiclass_calibration_error, multiclass_confusion_matrix
+    from torchmetrics.functional.classification import (
+        multiclass_calibration_error,
+        multiclass_confusion_matrix,
+    )
 
     logits, labels = _checked(logits, labels)
     num_classes = logits.shape[1]

@@ -83,13 +83,15 @@ def to_onnx(
     """
     name = type(module).__name__
     if precision == "float16":
-        if isinstance(module, torch.fx.GraphModule):
+        if any(isinstance(part, torch.fx.GraphModule) for part in module.modules()):
             raise ExportError(
                 f"Module '{name}' has quantized weights, expected a float model for float16."
                 " Export it as float32, or export the model it was made from."
             )
         module = _HalfInside(module)
-    _to_eval(module)
+    was_training = module.training
+    if not isinstance(module, torch.fx.GraphModule):
+        module.eval()
     # Batch 2: with 1 the exporter may take the batch for a constant.
     weight = next((p for p in module.parameters() if p.is_floating_point()), None)
     device = torch.device("cpu") if weight is None else weight.device
@@ -102,6 +104,9 @@ def to_onnx(
             f"Model '{name}' has something the ONNX exporter refuses: {_first_line(error)}."
             " Replace that operation, or leave this model out."
         ) from error
+    finally:
+        if was_training and not isinstance(module, torch.fx.GraphModule):
+            module.train()
     _strip_debug(proto)
     save_graph(proto, path, metadata=metadata)
     info = check_graph(path)
@@ -228,15 +233,6 @@ def _traced(module: nn.Module, example: Tensor, opset: int) -> "onnx.ModelProto"
         verbose=False,
     )
     return onnx.load_model_from_string(buffer.getvalue())
-
-
-def _to_eval(module: nn.Module) -> None:
-    if isinstance(module, torch.fx.GraphModule):
-        from torchao.quantization.pt2e import move_exported_model_to_eval
-
-        move_exported_model_to_eval(module)
-    else:
-        module.eval()
 
 
 def _strip_debug(proto: "onnx.ModelProto") -> None:

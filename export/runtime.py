@@ -21,9 +21,6 @@ from export.onnx_graph import INPUT_NAME, load_graph
 
 LOGGER = logging.getLogger(__name__)
 
-EXACT_INT8 = ("session.x64quantprecision", "1")
-"""The session setting that keeps INT8 exact on every CPU; set it wherever a quantized file is served."""
-
 INTEGER_OPS = frozenset(
     {"QLinearConv", "ConvInteger", "QGemm", "QLinearMatMul", "MatMulInteger", "MatMulIntegerToFloat"}
     | {"DynamicQuantizeMatMul"}
@@ -59,9 +56,6 @@ class OnnxSession:
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
-        # x86 without VNNI adds int8 products in 16 bits, which can overflow; with this the runtime takes
-        # kernels that can't. It changes nothing on other CPUs.
-        options.add_session_config_entry(EXACT_INT8[0], EXACT_INT8[1])
         if optimized_path is not None:
             options.optimized_model_filepath = str(optimized_path)
         if not path.is_file():
@@ -205,7 +199,6 @@ def cpu_features() -> CpuFeatures:
 
 
 __all__ = [
-    "EXACT_INT8",
     "INPUT_NAME",
     "CpuFeatures",
     "IntegerShare",

@@ -19,7 +19,9 @@ from tasks.settings import settings  # noqa: E402
 
 
 @flow(name="bench")
-def bench(recipe: str = "digits", batches: list[int] = [1, 32], rounds: int = 30, threads: int = 1) -> list[dict[str, Any]]:  # noqa: B006
+def bench(
+    recipe: str = "digits", batches: list[int] = [1, 32], rounds: int = 30, threads: int = 1
+) -> list[dict[str, Any]]:  # noqa: B006
     """Interleaved latency of every file of a recipe's newest run.
 
     Args:
@@ -30,7 +32,9 @@ def bench(recipe: str = "digits", batches: list[int] = [1, 32], rounds: int = 30
     """
     folders = run_folders(recipe)
     if not folders:
-        raise InputError(f"Recipe '{recipe}' has no finished run in '{settings().runs_dir}', expected one. Run it first.")
+        raise InputError(
+            f"Recipe '{recipe}' has no finished run in '{settings().runs_dir}', expected one. Run it first."
+        )
     newest = folders[-1]
     store = Store(settings().store_dir)
     lineage = json.loads((newest / "lineage.json").read_text(encoding="utf-8"))
@@ -40,7 +44,9 @@ def bench(recipe: str = "digits", batches: list[int] = [1, 32], rounds: int = 30
             artifact = Artifact(kind="graph", sha256=row["output"], size_bytes=row["size_bytes"])
             models[row["name"]] = store.open(artifact) / "model.onnx"
     reference = json.loads((newest / "latency.json").read_text(encoding="utf-8"))["reference"]
-    job = BenchmarkJob(models=models, reference=reference, batches=tuple(batches), rounds=rounds, threads=threads)
+    job = BenchmarkJob(
+        models=models, reference=reference, batches=tuple(batches), rounds=rounds, threads=threads
+    )
     result = run_benchmark(job, newest / "bench")
     rows = [
         {
@@ -52,5 +58,7 @@ def bench(recipe: str = "digits", batches: list[int] = [1, 32], rounds: int = 30
         }
         for row in result.rows
     ]
-    create_table_artifact(key=f"bench-{recipe}", table=rows, description=f"Latency of {newest.name}, measured again")
+    create_table_artifact(
+        key=f"bench-{recipe}", table=rows, description=f"Latency of {newest.name}, measured again"
+    )
     return rows

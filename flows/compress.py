@@ -73,7 +73,9 @@ def story(recipe: Recipe) -> Outcome:
     """The chain of stages. Each takes handles and returns one; nothing flows backward."""
     seed, augment, machine = recipe.seed, recipe.augment, machine_digest()
 
-    data = prepare_data(name=recipe.data.kind, config=recipe.data, source=source_digest(recipe.data), seed=seed)
+    data = prepare_data(
+        name=recipe.data.kind, config=recipe.data, source=source_digest(recipe.data), seed=seed
+    )
 
     teachers: Results = {
         teacher.name: make_teacher(
@@ -128,7 +130,9 @@ def story(recipe: Recipe) -> Outcome:
         machine=machine,
     )
     cpu = [target for target in recipe.targets if isinstance(target, OnnxRuntimeTarget)]
-    timed = {name: result for name, result in outcome.files.items() if result.info.get("form") != "int8-symmetric"}
+    timed = {
+        name: result for name, result in outcome.files.items() if result.info.get("form") != "int8-symmetric"
+    }
     outcome.benchmark = benchmark_files(
         name="cpu",
         files=timed,
@@ -257,16 +261,23 @@ def compress(recipe: Recipe, restart_from: str | None = None) -> dict[str, Any] 
     summary = run_recipe(recipe, report=report, runner=PrefectRunner, restart_from=restart_from)
     publish(recipe.name, summary)
     accepted = summary["outcome"] == "accept"
-    return Completed(name="Accepted" if accepted else "Rejected", message=summary["summary"][:900], data=summary)
+    return Completed(
+        name="Accepted" if accepted else "Rejected", message=summary["summary"][:900], data=summary
+    )
 
 
 def publish(name: str, summary: dict[str, Any]) -> None:
     """Table, report and MLflow link as artifacts of the flow run."""
     folder = Path(summary["folder"])
     main = [column for column in COLUMNS if column.main]
-    rows = [{column.title: show_cell(row.get(column.name), column.kind) for column in main} for row in read_rows(folder)]
+    rows = [
+        {column.title: show_cell(row.get(column.name), column.kind) for column in main}
+        for row in read_rows(folder)
+    ]
     create_table_artifact(key=f"comparison-{name}", table=rows, description=f"Every file of {name}, measured")
-    create_markdown_artifact(key=f"report-{name}", markdown=(folder / "report.md").read_text(), description="Report")
+    create_markdown_artifact(
+        key=f"report-{name}", markdown=(folder / "report.md").read_text(), description="Report"
+    )
     if summary["mlflow_url"].startswith("http"):
         create_link_artifact(key="mlflow-run", link=summary["mlflow_url"], link_text="This run in MLflow")
     else:

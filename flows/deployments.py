@@ -50,7 +50,9 @@ def prepare_pool(client: "SyncPrefectClient") -> None:
     try:
         client.read_work_pool(POOL)
     except ObjectNotFound:
-        client.create_work_pool(WorkPoolCreate(name=POOL, type="process", description="Flows run as processes here."))
+        client.create_work_pool(
+            WorkPoolCreate(name=POOL, type="process", description="Flows run as processes here.")
+        )
     client.create_concurrency_limit(tag=TRAINING_TAG, concurrency_limit=1)
 
 
@@ -59,13 +61,34 @@ def registration_command(deployments: Path) -> list[str]:
 
     The file holds no pull step; Prefect then records the working folder itself.
     """
-    return [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all", "--prefect-file", str(deployments)]
+    return [
+        sys.executable,
+        "-m",
+        "prefect",
+        "--no-prompt",
+        "deploy",
+        "--all",
+        "--prefect-file",
+        str(deployments),
+    ]
 
 
 def worker_command() -> list[str]:
     """The command of the worker of this machine."""
     name = f"{POOL}-{os.uname().nodename}"
-    return [sys.executable, "-m", "prefect", "worker", "start", "--pool", POOL, "--type", "process", "--name", name]
+    return [
+        sys.executable,
+        "-m",
+        "prefect",
+        "worker",
+        "start",
+        "--pool",
+        POOL,
+        "--type",
+        "process",
+        "--name",
+        name,
+    ]
 
 
 def worker_is_online(client: "SyncPrefectClient", *, since: datetime) -> bool:
@@ -86,7 +109,9 @@ def settle_interrupted_runs(client: "SyncPrefectClient", *, reason: str) -> list
     from prefect.states import Cancelled, Crashed
 
     live = children.live_values(FLOW_RUN_VARIABLE)
-    under_way = FlowRunFilter.model_validate({"state": {"type": {"any_": ["RUNNING", "PENDING", "CANCELLING"]}}})
+    under_way = FlowRunFilter.model_validate(
+        {"state": {"type": {"any_": ["RUNNING", "PENDING", "CANCELLING"]}}}
+    )
     pool = WorkPoolFilter.model_validate({"name": {"any_": [POOL]}})
     settled = []
     for run in client.read_flow_runs(flow_run_filter=under_way, work_pool_filter=pool):

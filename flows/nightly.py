@@ -29,13 +29,23 @@ def nightly(recipes: list[str] = ["recipes/digits.yaml"]) -> State[list[dict[str
     for path in recipes:
         try:
             summary = compress(load_recipe(_resolve(path)))
-            row = {"recipe": path, "outcome": summary["outcome"], "summary": summary["summary"], "folder": summary["folder"]}
+            row = {
+                "recipe": path,
+                "outcome": summary["outcome"],
+                "summary": summary["summary"],
+                "folder": summary["folder"],
+            }
         except StillhouseError as error:
             logger.error("Recipe '%s' was refused or failed: %s", path, error)  # noqa: TRY400
             row = {"recipe": path, "outcome": "failed", "summary": str(error), "folder": ""}
         except Exception as error:
             logger.exception("Recipe '%s' crashed", path)
-            row = {"recipe": path, "outcome": "crashed", "summary": f"{type(error).__name__}: {error}", "folder": ""}
+            row = {
+                "recipe": path,
+                "outcome": "crashed",
+                "summary": f"{type(error).__name__}: {error}",
+                "folder": "",
+            }
         rows.append(row)
     create_table_artifact(key="nightly", table=rows, description="Tonight's recipes")
     broken = [row["recipe"] for row in rows if row["outcome"] in ("failed", "crashed")]

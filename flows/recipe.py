@@ -1,6 +1,7 @@
 """The recipe: everything one run needs, as one immutable value. Read from YAML, refused with place and way out."""
 
 import difflib
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from compression.teachers import Teacher
 from compression.types import Frozen, Slug
 from export.gate import Policy
 from export.targets import AnyTarget
+
 
 class Recipe(Frozen):
     """One whole run, from teachers to a verdict on what may ship."""
@@ -58,7 +60,9 @@ class Recipe(Frozen):
         for number, space in enumerate(self.search.spaces):
             parent = getattr(space, "parent", None)
             if parent is not None and parent not in names:
-                raise ValueError(f"search.spaces.{number}.parent is '{parent}', expected one of {', '.join(names)}.")
+                raise ValueError(
+                    f"search.spaces.{number}.parent is '{parent}', expected one of {', '.join(names)}."
+                )
         if self.quantize is None:
             for target in self.targets:
                 if target.precision == "int8":
@@ -67,7 +71,9 @@ class Recipe(Frozen):
                         "Add `quantize: {kind: qat, ...}`, or use precision float32."
                     )
         if not any(target.kind == "onnxruntime" for target in self.targets):
-            raise ValueError("targets has no onnxruntime entry, but the evidence is measured with ONNX Runtime. Add one.")
+            raise ValueError(
+                "targets has no onnxruntime entry, but the evidence is measured with ONNX Runtime. Add one."
+            )
         return self
 
 
@@ -104,7 +110,9 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     return parse_recipe(raw, source=str(path), lines=lines)
 
 
-def parse_recipe(raw: Mapping[str, Any], *, source: str = "recipe", lines: Mapping[tuple, int] | None = None) -> Recipe:
+def parse_recipe(
+    raw: Mapping[str, Any], *, source: str = "recipe", lines: Mapping[tuple, int] | None = None
+) -> Recipe:
     """A recipe from nested plain values; RecipeError lists every problem."""
     try:
         return Recipe.model_validate(raw)
@@ -127,20 +135,18 @@ def explain(error: ValidationError, raw: Any) -> list[tuple[tuple, str]]:
         place: list[Any] = []
         value: Any = raw
         refused: str | None = None
-        for part in item["loc"]:
+        for part in _plain(item["loc"]):
             if isinstance(part, str) and part in kinds and not (isinstance(value, Mapping) and part in value):
                 written = value.get("kind") if isinstance(value, Mapping) else None
                 if written != kinds[part]:
                     refused = kinds[part]
                     break
                 continue
-            if isinstance(part, str) and part.startswith(("constrained-", "function-", "lax-or-strict")):
-                continue
             place.append(part)
             value = _child(value, part)
         where = tuple(place)
         if refused is not None:
-            problems.setdefault((*where, "kind"), _kind_message(value, item["loc"], error, kinds))
+            problems.setdefault((*where, "kind"), _kind_message(value, _plain(item["loc"]), error, kinds))
         else:
             problems[where] = _message(item, value)
     real = [place for place in problems if place and place[-1] != "kind"]
@@ -152,6 +158,13 @@ def explain(error: ValidationError, raw: Any) -> list[tuple[tuple, str]]:
     ]  # fmt: skip
 
 
+def _plain(loc: Sequence[Any]) -> tuple[Any, ...]:
+    """A location whose class names are bare: pydantic writes ``function-after[check(), Name]`` for checked models."""
+    return tuple(
+        re.findall(r"\w+", part)[-1] if isinstance(part, str) and part.startswith("function-") else part for part in loc
+    )
+
+
 def _kind_message(value: Any, loc: Sequence[Any], error: ValidationError, kinds: Mapping[str, str]) -> str:
     """Empty when another member of the union did match by kind."""
     depth = next(number for number, part in enumerate(loc) if isinstance(part, str) and part in kinds)
@@ -160,10 +173,11 @@ def _kind_message(value: Any, loc: Sequence[Any], error: ValidationError, kinds:
             depth = number
             break
     prefix = tuple(loc[:depth])
+    places = [_plain(item["loc"]) for item in error.errors()]
     members = {
-        kinds[str(item["loc"][depth])]
-        for item in error.errors()
-        if tuple(item["loc"][:depth]) == prefix and len(item["loc"]) > depth and str(item["loc"][depth]) in kinds
+        kinds[str(place[depth])]
+        for place in places
+        if place[:depth] == prefix and len(place) > depth and str(place[depth]) in kinds
     }
     written = value.get("kind") if isinstance(value, Mapping) else None
     if written in members:
@@ -223,7 +237,9 @@ def _apply(raw: dict[str, Any], override: str) -> None:
     dotted, separator, text = override.partition("=")
     parts = [int(part) if part.isdigit() else part for part in dotted.strip().split(".")]
     if not separator or not all(str(part) for part in parts):
-        raise RecipeError(f"Override '{override}' has no '=', expected NAME.NAME=VALUE, for example --set distill.train.epochs=5.")
+        raise RecipeError(
+            f"Override '{override}' has no '=', expected NAME.NAME=VALUE, for example --set distill.train.epochs=5."
+        )
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
@@ -246,7 +262,11 @@ def _apply(raw: dict[str, Any], override: str) -> None:
 
 
 def _refuse_override(override: str, parts: Sequence[Any], target: Any) -> None:
-    choices = [str(key) for key in target] if isinstance(target, dict) else [str(n) for n in range(len(target or ()))]
+    choices = (
+        [str(key) for key in target]
+        if isinstance(target, dict)
+        else [str(n) for n in range(len(target or ()))]
+    )
     close = difflib.get_close_matches(str(parts[-1]), choices, n=1)
     raise RecipeError(
         f"Override '{override}' names '{'.'.join(str(part) for part in parts)}', which the recipe does not have; "

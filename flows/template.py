@@ -16,7 +16,9 @@ def write_template(name: str, data: Path, folder: Path) -> Path:
         InputError: the name cannot be a recipe's name, or the file exists already.
     """
     if not re.fullmatch(r"[a-z0-9][a-z0-9-]{0,47}", name):
-        raise InputError(f"Recipe name '{name}' has other characters than expected: lower case letters, digits, dashes. Rename it.")
+        raise InputError(
+            f"Recipe name '{name}' has other characters than expected: lower case letters, digits, dashes. Rename it."
+        )
     path = folder / f"{name}.yaml"
     if path.exists():
         raise InputError(f"Recipe '{path}' exists already. Choose another name, or delete it.")

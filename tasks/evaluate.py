@@ -9,15 +9,16 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
+from export.parity import ENGINE_NOT_RUN, Rung, compare, self_perturbation_floor
 from torch import Tensor, nn
 
+from compression.augment import normalise
 from compression.checkpoint import load_checkpoint
 from compression.data import Dataset, open_dataset
 from compression.metrics import metrics_of, predict, reliability
 from compression.quantize import load_quantized
 from compression.types import Preprocessing
 from export.benchmark import BenchmarkJob, run_benchmark
-from export.parity import ENGINE_NOT_RUN, Rung, compare, self_perturbation_floor
 from export.runtime import OnnxSession, integer_share, predict_fn
 from tasks.stage import StageOutput, StageResult, Work, stage
 from tasks.teachers import MODEL_CODE
@@ -66,7 +67,9 @@ def evaluate_files(
         rungs += _ladder(work, student, dataset, logits, students, quantized, engines)
     for rung in rungs:
         if rung.parity is not None:
-            work.run.log_metrics({f"parity/{rung.name}.flips": rung.parity.flips, f"parity/{rung.name}.kl": rung.parity.kl})
+            work.run.log_metrics(
+                {f"parity/{rung.name}.flips": rung.parity.flips, f"parity/{rung.name}.kl": rung.parity.kl}
+            )
     evaluation = {
         "metrics": metrics,
         "reliability": diagrams,
@@ -78,7 +81,12 @@ def evaluate_files(
         correct = {file: (values.argmax(dim=1) == labels).numpy() for file, values in logits.items()}
         for file, bits in correct.items():
             np.save(draft.folder / f"{file}.correct.npy", bits)
-    flat = {f"{file}/{key}": value for file, row in metrics.items() for key, value in row.items() if key != "num_samples"}
+    flat = {
+        f"{file}/{key}": value
+        for file, row in metrics.items()
+        for key, value in row.items()
+        if key != "num_samples"
+    }
     return StageOutput(artifact=draft.done(), metrics=flat)
 
 
@@ -100,39 +108,62 @@ def _ladder(
     labels = dataset.test.labels
     model, spec = load_checkpoint(work.open(students[student]))
     torch_logits = file_logits(model, dataset)
-    rows = [Rung(name=f"{student}: torch float32", against=None, parity=compare(torch_logits, torch_logits, labels))]
+    rows = [
+        Rung(
+            name=f"{student}: torch float32", against=None, parity=compare(torch_logits, torch_logits, labels)
+        )
+    ]
 
-    def step(name: str, against: str, reference: Tensor, candidate: Tensor, floor: float | None = None) -> None:
+    def step(
+        name: str,
+        against: str,
+        reference: Tensor,
+        candidate: Tensor,
+        *,
+        file: str | None = None,
+        floor: float | None = None,
+    ) -> None:
         parity = compare(reference, candidate, labels)
-        rows.append(Rung(name=f"{student}: {name}", against=f"{student}: {against}", parity=parity, floor=floor))
+        full, other = f"{student}: {name}", f"{student}: {against}"
+        rows.append(Rung(name=full, against=other, parity=parity, floor=floor, file=file))
 
-    if f"{student}.float32" in logits:
-        step("ONNX float32", "torch float32", torch_logits, logits[f"{student}.float32"])
+    for form in ("float32", "float16"):
+        file = f"{student}.{form}"
+        if file in logits:
+            step(f"ONNX {form}", "torch float32", torch_logits, logits[file], file=file)
     if student in quantized:
         converted = load_quantized(work.open(quantized[student])).converted
         fake_quant = file_logits(converted, dataset)
         step("torch fake-quant", "torch float32", torch_logits, fake_quant)
         floor = noise_floor(converted, dataset, spec.preprocessing)
         for form, label in (("int8-symmetric", "ONNX INT8 symmetric"), ("int8", "ONNX INT8 u8")):
-            if f"{student}.{form}" in logits:
-                step(label, "torch fake-quant", fake_quant, logits[f"{student}.{form}"], floor)
+            file = f"{student}.{form}"
+            if file in logits:
+                step(label, "torch fake-quant", fake_quant, logits[file], file=file, floor=floor)
+    if f"{student}.int8-ptq" in logits:
+        file = f"{student}.int8-ptq"
+        step("ONNX INT8 after training", "torch float32", torch_logits, logits[file], file=file)
     for engine, result in engines.items():
         if engine.startswith(f"{student}."):
+            note = f"{result.info.get('backend')} {result.info.get('backend_version')}"
             rows.append(
-                Rung(name=f"{student}: engine {engine}", against=None, parity=None, status=ENGINE_NOT_RUN, note=str(result.info.get("status", "")))
-            )  # fmt: skip
+                Rung(name=f"engine {engine}", against=None, parity=None, status=ENGINE_NOT_RUN, note=note)
+            )
     return rows
 
 
 def noise_floor(model: Callable[[Tensor], Tensor], dataset: Dataset, preprocessing: Preprocessing) -> float:
     """Largest change of the quantized model's logits under input noise of 1e-7: rounding flips, not defects."""
-    from compression.augment import normalise
-
     images = normalise(torch.as_tensor(dataset.calibration.images[:64]), preprocessing)
     return self_perturbation_floor(model, images)
 
 
-@stage("benchmark", code=("export.benchmark", "export.timing"), libraries=("onnxruntime-gpu",), tags=("training",))
+@stage(
+    "benchmark",
+    code=("export.benchmark", "export.timing"),
+    libraries=("onnxruntime-gpu",),
+    tags=("training",),
+)
 def benchmark_files(
     work: Work,
     *,
@@ -147,7 +178,9 @@ def benchmark_files(
 ) -> StageOutput:
     """Time all files interleaved in a process of their own; raw samples are kept."""
     models = {file: work.open(result) / "model.onnx" for file, result in files.items()}
-    job = BenchmarkJob(models=models, reference=reference, batches=batches, threads=threads, rounds=rounds, seed=seed)
+    job = BenchmarkJob(
+        models=models, reference=reference, batches=batches, threads=threads, rounds=rounds, seed=seed
+    )
     work.report("timing files", 0, 1)
     with work.store.put("benchmark") as draft:
         result = run_benchmark(job, draft.folder)

@@ -8,6 +8,8 @@ from typing import Literal
 
 import numpy as np
 import torch
+from export.engine_trt import build_engine
+from export.ptq import quantize_static
 
 from compression.augment import normalise
 from compression.checkpoint import load_checkpoint
@@ -15,9 +17,7 @@ from compression.data import open_dataset
 from compression.errors import ExportError
 from compression.models import ModelSpec
 from compression.quantize import load_quantized
-from export.engine_trt import build_engine
 from export.onnx_graph import to_onnx
-from export.ptq import quantize_static
 from export.qdq import check_symmetric, to_u8_activations
 from export.targets import AnyTarget, TensorRtRtxTarget, TensorRtTarget
 from tasks.artifacts import file_digest
@@ -69,10 +69,14 @@ def export_graph(
             student, spec = load_checkpoint(folder)
             info = to_onnx(student, path, input_shape=spec.input_shape, metadata=metadata, precision=form)
         elif form == "int8-symmetric":
-            info = to_onnx(load_quantized(folder).converted, path, input_shape=spec.input_shape, metadata=metadata)
+            info = to_onnx(
+                load_quantized(folder).converted, path, input_shape=spec.input_shape, metadata=metadata
+            )
             check_symmetric(path)
         elif source is None:
-            raise ExportError(f"Graph '{name}' of form {form} has no source graph, expected one. This is a defect of the flow.")
+            raise ExportError(
+                f"Graph '{name}' of form {form} has no source graph, expected one. This is a defect of the flow."
+            )
         elif form == "int8":
             info = to_u8_activations(work.open(source) / "model.onnx", path, metadata=metadata)
         else:
@@ -109,7 +113,11 @@ def export_engine(
     source = work.open(graph) / "model.onnx"
     with work.store.put("engine") as draft:
         built = build_engine(
-            source, draft.folder / "model.engine", target, compute_capability=compute_capability, input_shape=input_shape
+            source,
+            draft.folder / "model.engine",
+            target,
+            compute_capability=compute_capability,
+            input_shape=input_shape,
         )
         facts = {
             "backend": built.backend,
@@ -143,5 +151,3 @@ def write_target(
     manifest = {"target": target.model_dump(mode="json"), "runtime": runtime, "files": rows, **facts}
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1, default=str))
     return manifest
-
-

@@ -36,7 +36,7 @@ def quantize_student(
     """Fine-tune the student with simulated INT8 arithmetic."""
     dataset = open_dataset(work.open(data))
     folder = work.open(student)
-    model, spec = load_checkpoint(folder)
+    model, _ = load_checkpoint(folder)
     quantized = quantize(
         model,
         dataset,
@@ -52,7 +52,9 @@ def quantize_student(
         for file in ("spec.json", "weights.safetensors"):
             shutil.copyfile(folder / file, draft.folder / file)
         save_quantized(quantized.prepared, draft.folder)
-        (draft.folder / "quantizer.json").write_text(json.dumps(config.model_dump(mode="json"), sort_keys=True))
+        (draft.folder / "quantizer.json").write_text(
+            json.dumps(config.model_dump(mode="json"), sort_keys=True)
+        )
     work.run.log_series(quantized.history.rows, prefix="train/")
     metrics = quantized.metrics.model_dump(exclude={"num_samples"})
     return StageOutput(artifact=draft.done(), metrics=metrics, info={"history": quantized.history.rows})

@@ -13,10 +13,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from export.report.page import build_report
+
 from export.benchmark import BenchmarkResult
 from export.comparison import COLUMNS, pareto_flags, read_comparison, write_comparison
 from export.gate import RunVerdict
-from export.report.page import build_report
 from export.runtime import cpu_features
 from tasks import tracking
 from tasks.artifacts import Store
@@ -72,7 +73,9 @@ def write_run_folder(
     _write_json(folder / "selection.json", outcome.selection.info)
     trained = {**outcome.teachers, **outcome.students, **outcome.controls}
     histories = {key: result.info.get("history", []) for key, result in trained.items()}
-    histories |= {f"{key} (quantize)": result.info.get("history", []) for key, result in outcome.quantized.items()}
+    histories |= {
+        f"{key} (quantize)": result.info.get("history", []) for key, result in outcome.quantized.items()
+    }
     _write_json(folder / "histories.json", {key: rows for key, rows in histories.items() if rows})
     _write_json(folder / "reliability.json", facts["reliability"])
     (folder / "verdict.json").write_text(verdict.model_dump_json(indent=1))
@@ -135,7 +138,9 @@ def comparison_rows(
         row: dict[str, Any] = {
             "id": file,
             "role": "control" if form == "int8-ptq" else role,
-            "parent": {"teacher": None, "student": best, "control": best}[role] if form == "float32" else f"{base}.float32",
+            "parent": {"teacher": None, "student": best, "control": best}[role]
+            if form == "float32"
+            else f"{base}.float32",
             "control": control,
             "stages": _stages(role, form),
             "recipe": recipe["name"],
@@ -157,7 +162,11 @@ def comparison_rows(
         if control is not None:
             row["delta_control"] = metrics["accuracy"] - facts["metrics"][control]["accuracy"]
         if file in rungs:
-            row |= {"flips": rungs[file]["flips"], "parity_max_abs": rungs[file]["max_abs"], "parity_kl": rungs[file]["kl"]}
+            row |= {
+                "flips": rungs[file]["flips"],
+                "parity_max_abs": rungs[file]["max_abs"],
+                "parity_kl": rungs[file]["kl"],
+            }
         timed = {row_.batch: row_ for row_ in timing.rows if row_.model == file}
         for batch in batches if timed else [None]:
             measured = timed.get(batch) if batch is not None else None
@@ -204,7 +213,9 @@ def _origin(base: str, outcome: OutcomeLike) -> tuple[str, StageResult, float]:
 
 def _stages(role: str, form: str) -> str:
     made = {"teacher": ["train"], "student": ["search", "distil"], "control": ["search", "train"]}[role]
-    extra = {"int8": ["qat", "export"], "int8-symmetric": ["qat", "export"], "int8-ptq": ["ptq"]}.get(form, ["export"])
+    extra = {"int8": ["qat", "export"], "int8-symmetric": ["qat", "export"], "int8-ptq": ["ptq"]}.get(
+        form, ["export"]
+    )
     return " > ".join([*made, *extra])
 
 
@@ -271,7 +282,11 @@ def _write_parity(path: Path, rungs: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _write_teachers(
-    path: Path, recipe: Mapping[str, Any], outcome: OutcomeLike, facts: Mapping[str, Any], timing: BenchmarkResult
+    path: Path,
+    recipe: Mapping[str, Any],
+    outcome: OutcomeLike,
+    facts: Mapping[str, Any],
+    timing: BenchmarkResult,
 ) -> None:
     scores = outcome.selection.info
     columns = ("name", "kind", "in_panel", "accuracy", "validation_accuracy", "nll", "ece", "params", "macs", "size_bytes", "latency_p50_ms")  # fmt: skip
@@ -324,7 +339,13 @@ def _write_json(path: Path, content: Any) -> None:
 def run_folders(recipe: str | None = None) -> list[Path]:
     """Finished run folders, oldest first; of one recipe or of all."""
     places = [settings().runs_dir / recipe] if recipe else sorted(settings().runs_dir.glob("*"))
-    return [run for place in places if place.is_dir() for run in sorted(place.iterdir()) if (run / "summary.json").is_file()]
+    return [
+        run
+        for place in places
+        if place.is_dir()
+        for run in sorted(place.iterdir())
+        if (run / "summary.json").is_file()
+    ]
 
 
 def save_summary(summary: Mapping[str, Any]) -> None:

@@ -5,6 +5,7 @@ and its inputs (configs as JSON, artifacts as digests). ``<store>/stages/<key>.j
 result counts only if its artifact still verifies, so a damaged file is recomputed instead of served.
 """
 
+import ast
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -118,7 +119,11 @@ class Stage:
 
 
 def stage(
-    name: str, *, code: tuple[str, ...] = (), libraries: tuple[str, ...] = ("torch",), tags: tuple[str, ...] = ()
+    name: str,
+    *,
+    code: tuple[str, ...] = (),
+    libraries: tuple[str, ...] = ("torch",),
+    tags: tuple[str, ...] = (),
 ) -> Callable[[Callable[..., StageOutput]], Stage]:
     """Make a stage of a function; ``code`` names the modules and packages its result depends on."""
     return lambda fn: Stage(name=name, fn=fn, code=code, libraries=libraries, tags=tags)
@@ -126,7 +131,10 @@ def stage(
 
 @cache
 def code_digest(modules: tuple[str, ...]) -> str:
-    """SHA-256 over the source files of modules and packages (a package counts with all its modules)."""
+    """SHA-256 over the code of modules and packages (a package counts with all its modules).
+
+    Comments, docstrings and formatting do not count: they cannot change a result.
+    """
     digest = hashlib.sha256()
     for module in sorted(set(modules)):
         spec = importlib.util.find_spec(module)
@@ -136,8 +144,21 @@ def code_digest(modules: tuple[str, ...]) -> str:
         files = sorted(origin.parent.rglob("*.py")) if origin.name == "__init__.py" else [origin]
         for file in files:
             digest.update(file.name.encode())
-            digest.update(file.read_bytes())
+            digest.update(code_of(file.read_text(encoding="utf-8")).encode())
     return digest.hexdigest()
+
+
+def code_of(source: str) -> str:
+    """The syntax tree of Python source as text, without docstrings and positions."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            node.body = [each for each in node.body if not _is_text(each)] or [ast.Pass()]
+    return ast.dump(tree)
+
+
+def _is_text(node: ast.stmt) -> bool:
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
 
 
 def _canonical(value: Any) -> Any:
@@ -292,7 +313,9 @@ class DirectRunner:
             try:
                 output = stage.fn(work, name=name, **inputs)
             except Exception as error:
-                error.add_note(f"Stage '{stage.name}' of '{name}' failed. Finished stages are kept; run again to resume.")
+                error.add_note(
+                    f"Stage '{stage.name}' of '{name}' failed. Finished stages are kept; run again to resume."
+                )
                 raise
             result = StageResult(
                 stage=stage.name,

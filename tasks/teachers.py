@@ -20,9 +20,18 @@ MODEL_CODE = ("compression.zoo", "compression.models", "compression.checkpoint")
 TRAINING_CODE = (*MODEL_CODE, "compression.train", "compression.augment")
 
 
-@stage("teacher", code=(*TRAINING_CODE, "compression.teachers"), libraries=("torch", "timm"), tags=("training",))
+@stage(
+    "teacher", code=(*TRAINING_CODE, "compression.teachers"), libraries=("torch", "timm"), tags=("training",)
+)
 def make_teacher(
-    work: Work, *, name: str, teacher: Teacher, weights: str, data: StageResult, augment: AnyAugment, seed: int
+    work: Work,
+    *,
+    name: str,
+    teacher: Teacher,
+    weights: str,
+    data: StageResult,
+    augment: AnyAugment,
+    seed: int,
 ) -> StageOutput:
     """Load or train one teacher and measure it on the validation split."""
     dataset = open_dataset(work.open(data))
@@ -40,7 +49,9 @@ def make_teacher(
     metrics |= evaluate(model, dataset.validation, spec.preprocessing).model_dump(exclude={"num_samples"})
     rows = history.rows if history is not None else []
     work.run.log_series(rows, prefix="train/")
-    return StageOutput(artifact=draft.done(), metrics=metrics, info={"history": rows, "kind": teacher.model.kind})
+    return StageOutput(
+        artifact=draft.done(), metrics=metrics, info={"history": rows, "kind": teacher.model.kind}
+    )
 
 
 def model_metrics(model: torch.nn.Module, input_shape: tuple[int, int, int]) -> dict[str, float]:
@@ -52,7 +63,11 @@ def model_metrics(model: torch.nn.Module, input_shape: tuple[int, int, int]) -> 
     }
 
 
-@stage("teacher_outputs", code=(*MODEL_CODE, "compression.teacher_outputs", "compression.augment"), tags=("training",))
+@stage(
+    "teacher_outputs",
+    code=(*MODEL_CODE, "compression.teacher_outputs", "compression.augment"),
+    tags=("training",),
+)
 def store_outputs(
     work: Work, *, name: str, teacher: StageResult, data: StageResult, spec: OutputsSpec
 ) -> StageOutput:
@@ -61,10 +76,16 @@ def store_outputs(
     model, _ = load_checkpoint(work.open(teacher))
     with work.store.put("teacher_outputs") as draft:
         write_teacher_outputs(
-            model, dataset, spec, draft.folder, on_progress=step_reporter(work.report, f"storing outputs of {name}")
+            model,
+            dataset,
+            spec,
+            draft.folder,
+            on_progress=step_reporter(work.report, f"storing outputs of {name}"),
         )
     artifact = draft.done()
-    return StageOutput(artifact=artifact, metrics={"views": float(spec.views), "size_bytes": float(artifact.size_bytes)})
+    return StageOutput(
+        artifact=artifact, metrics={"views": float(spec.views), "size_bytes": float(artifact.size_bytes)}
+    )
 
 
 @stage("select", code=("compression.select",), libraries=("torch", "scipy"))

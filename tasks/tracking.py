@@ -79,7 +79,9 @@ class Run:
         """Copy a folder to the run's artifacts."""
         client().log_artifacts(self.id, str(path), folder or None)
 
-    def log_dataset(self, name: str, digest: str, source: str, profile: Mapping[str, Any], context: str) -> None:
+    def log_dataset(
+        self, name: str, digest: str, source: str, profile: Mapping[str, Any], context: str
+    ) -> None:
         """Show a dataset in the run's Dataset column."""
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
@@ -262,11 +264,10 @@ def register_model(
 ) -> int:
     """Log an ONNX file as a model of ``run`` and register it as a new version with ``alias``; returns the version."""
     import mlflow
+    import numpy as np
     import onnx
     from mlflow.models import ModelSignature
     from mlflow.types import Schema, TensorSpec
-
-    import numpy as np
 
     model = onnx.load(str(onnx_path))
     schemas = []

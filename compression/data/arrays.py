@@ -12,7 +12,9 @@ from compression.data.source import DataConfig, Pool, ReadFn, Source, checked_im
 from compression.data.splits import SplitConfig
 from compression.errors import DataError
 
-_FORM = "an .npz with 'images' ([N, H, W] or [N, C, H, W], uint8 or float32) and 'labels' ([N], whole numbers)"
+_FORM = (
+    "an .npz with 'images' ([N, H, W] or [N, C, H, W], uint8 or float32) and 'labels' ([N], whole numbers)"
+)
 _WAY_OUT = "Write one with numpy.savez(path, images=..., labels=...), and set data.path to it."
 
 
@@ -42,7 +44,9 @@ class Arrays(DataConfig):
             with zipfile.ZipFile(self.path) as archive:
                 names = {Path(name).stem for name in archive.namelist()}
         except (zipfile.BadZipFile, OSError) as error:
-            raise DataError(f"File '{self.path}' is no readable archive ({error}), expected {_FORM}. {_WAY_OUT}") from error
+            raise DataError(
+                f"File '{self.path}' is no readable archive ({error}), expected {_FORM}. {_WAY_OUT}"
+            ) from error
         missing = {"images", "labels"} - names
         if missing:
             raise DataError(

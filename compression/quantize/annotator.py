@@ -89,10 +89,8 @@ class SymmetricInt8(Quantizer):
                 self._annotate_weighted(node)
             elif node.target in ADDITIONS:
                 self._annotate_addition(node)
-            elif node.target in MEANS | MAXIMA and _dimensions(node.args[0]) == 4:
-                _annotate(node, {node.args[0]: self._activation_for(node.args[0])})
-            elif node.target in JOINS and _dimensions(node) == 4:
-                _annotate(node, {source: self._activation_for(source) for source in node.args[0]})
+            elif node.target in MEANS | MAXIMA | JOINS and _dimensions(node.all_input_nodes[0]) == 4:
+                _annotate(node, {source: self._activation_for(source) for source in node.all_input_nodes})
         return model
 
     def validate(self, model: GraphModule) -> None:
@@ -120,22 +118,21 @@ class SymmetricInt8(Quantizer):
 
     def _annotate_weighted(self, node: Node) -> bool:
         """Annotate input and weight; False for a weight that is computed, which stays float."""
-        images, weight = node.args[0], node.args[1]
-        if not isinstance(weight, Node) or weight.op != "get_attr":
+        images, weight = node.all_input_nodes[:2]
+        if weight.op != "get_attr":
             return False
         _annotate(node, {images: self._activation_for(images), weight: self.weight})
         return True
 
     def _annotate_addition(self, node: Node) -> None:
-        left, right = node.args[0], node.args[1]
-        maps = [isinstance(side, Node) and _dimensions(side) == 4 for side in (left, right)]
-        if all(maps) and not any(side.op == "get_attr" for side in (left, right) if isinstance(side, Node)):
-            _annotate(node, {side: self._activation_for(side) for side in (left, right)})
+        sides = node.all_input_nodes
+        if len(sides) == 2 and all(side.op != "get_attr" and _dimensions(side) == 4 for side in sides):
+            _annotate(node, {side: self._activation_for(side) for side in sides})
 
-    def _activation_for(self, source: object) -> QuantizationSpecBase:
+    def _activation_for(self, source: Node) -> QuantizationSpecBase:
         """The scale of a tensor: its own, or for a maximum, which makes no new values, its input's."""
-        if isinstance(source, Node) and source.target in MAXIMA and isinstance(source.args[0], Node):
-            return SharedQuantizationSpec((source.args[0], source))
+        if source.target in MAXIMA and Q_ANNOTATION_KEY in source.meta:
+            return SharedQuantizationSpec((source.all_input_nodes[0], source))
         return self.activation
 
 
@@ -145,12 +142,10 @@ def quantized_nodes(model: GraphModule) -> Iterator[Node]:
 
 
 def _annotate(
-    node: Node, inputs: dict[object, QuantizationSpecBase], output: QuantizationSpecBase | None = None
+    node: Node, inputs: dict[Node, QuantizationSpecBase], output: QuantizationSpecBase | None = None
 ) -> None:
     annotation = node.meta.get(Q_ANNOTATION_KEY) or QuantizationAnnotation(_annotated=True)
-    for source, spec in inputs.items():
-        if isinstance(source, Node):
-            annotation.input_qspec_map[source] = spec
+    annotation.input_qspec_map.update(inputs)
     annotation.output_qspec = output or annotation.output_qspec
     node.meta[Q_ANNOTATION_KEY] = annotation
 
@@ -164,6 +159,6 @@ def _is_output(node: Node) -> bool:
     return any(user.op == "output" for user in node.users)
 
 
-def _dimensions(node: object) -> int:
-    value = node.meta.get("val") if isinstance(node, Node) else None
+def _dimensions(node: Node) -> int:
+    value = node.meta.get("val")
     return value.dim() if isinstance(value, torch.Tensor) else 0

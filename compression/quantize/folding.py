@@ -62,18 +62,20 @@ def show_batch_norms(graph: GraphModule) -> list[str]:
 def fold_batch_norms(graph: GraphModule) -> None:
     """Fold, in place, every batch norm whose input only it reads into the layer that makes this input."""
     for norm, layer in list(_foldable(graph)):
-        weight, bias, mean, var = (_value(graph, argument) for argument in norm.args[1:5])
-        eps: Any = norm.args[7]
+        arguments: tuple[Any, ...] = norm.args
+        weight, bias, mean, var = (_value(graph, argument) for argument in arguments[1:5])
+        eps = arguments[7]
         if mean is None or var is None:
             continue
         factor = torch.rsqrt(var + eps) * (1.0 if weight is None else weight)
-        old_bias = _value(graph, layer.args[2]) if len(layer.args) > 2 else None
+        layer_arguments: tuple[Any, ...] = layer.args
+        old_bias = _value(graph, layer_arguments[2]) if len(layer_arguments) > 2 else None
         shift = (0.0 if old_bias is None else old_bias) - mean
         new_bias = shift * factor + (0.0 if bias is None else bias)
         with graph.graph.inserting_before(layer):
-            folded_weight = _scaled_weight(graph, layer.args[1], factor, layer.name)
+            folded_weight = _scaled_weight(graph, layer_arguments[1], factor, layer.name)
             folded_bias = _parameter(graph, f"{layer.name}_folded_bias", new_bias)
-        layer.args = (layer.args[0], folded_weight, folded_bias, *layer.args[3:])
+        layer.args = (layer_arguments[0], folded_weight, folded_bias, *layer_arguments[3:])
         norm.replace_all_uses_with(layer)
         graph.graph.erase_node(norm)
     for node in list(graph.graph.nodes):  # the batch counters, which nothing reads any more

@@ -1,4 +1,4 @@
-"""One candidate of a study: built, checked against the budgets, measured, trained, kept."""
+"""One candidate of a study: built, checked against the budgets, measured, kept, trained."""
 
 import hashlib
 import logging
@@ -79,10 +79,14 @@ class Candidates:
 
 
 def labels_of(spaces: Sequence[Prune | Scale]) -> dict[str, Prune | Scale]:
-    """The spaces under short names that tell them apart: ``prune-resnet``, ``scale-plain_cnn``, ``...-2``."""
+    """The spaces under short names that tell them apart: ``prune-resnet-taylor``, ``scale-plain_cnn-2``."""
     named: dict[str, Prune | Scale] = {}
     for space in spaces:
-        name = f"prune-{space.parent}" if isinstance(space, Prune) else f"scale-{space.base.kind}"
+        name = (
+            f"prune-{space.parent}-{space.criterion}"
+            if isinstance(space, Prune)
+            else f"scale-{space.base.kind}"
+        )
         label, count = name, 1
         while label in named:
             count += 1
@@ -108,7 +112,8 @@ def attempt(
 ) -> tuple[TrialResult, float | None]:
     """The outcome of one proposal, and by what share it exceeds a budget (None when it does not).
 
-    Budgets and duplicates are checked before training; the trained candidate lies in ``folder/trial-NNNN``.
+    Budgets and duplicates are checked before training; ``folder/trial-NNNN`` holds the candidate as it was
+    before, so that a later training without teachers is a clean control of one with them.
     A failure is an outcome too, except that of the store: the trial must then run again.
 
     Raises:
@@ -142,8 +147,8 @@ def attempt(
             return replace(row, state="infeasible", reason=reason), excess
         name = f"trial-{proposal.number:04d}"
         scratch = folder / "training" / name
-        accuracy = _checked_accuracy(train_trial(model, proposal.number, scratch))
         save_checkpoint(model, spec, folder / name)
+        accuracy = _checked_accuracy(train_trial(model, proposal.number, scratch))
         shutil.rmtree(scratch, ignore_errors=True)
         seconds = time.perf_counter() - started
         row = replace(row, state="complete", accuracy=accuracy, seconds=seconds, checkpoint=folder / name)

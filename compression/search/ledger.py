@@ -61,7 +61,6 @@ class Ledger:
             CompressionError: the file holds a study of other spaces, data, parents or seed.
         """
         import optuna
-        from optuna.distributions import CategoricalDistribution
         from sqlalchemy import URL
 
         logging.getLogger("optuna").setLevel(logging.WARNING)
@@ -69,10 +68,8 @@ class Ledger:
         self._sampler = sampler
         self._population = population
         self._seed = seed
-        self._distributions = {"space": CategoricalDistribution(tuple(spaces))} | {
-            f"{space}.{gene}": CategoricalDistribution(values)
-            for space, genes in spaces.items()
-            for gene, values in genes.items()
+        self._genome: dict[str, tuple[Any, ...]] = {"space": tuple(spaces)} | {
+            f"{space}.{gene}": values for space, genes in spaces.items() for gene, values in genes.items()
         }
         storage.parent.mkdir(parents=True, exist_ok=True)
         url = URL.create("sqlite", database=str(storage.resolve()))
@@ -82,6 +79,7 @@ class Ledger:
         self._study = optuna.create_study(
             study_name=STUDY_NAME, storage=self._storage, directions=OBJECTIVES, load_if_exists=True
         )
+        self._study_id = self._storage.get_study_id_from_name(STUDY_NAME)
         known = self.note("fingerprint")
         if known not in (None, fingerprint):
             self.close()
@@ -124,7 +122,9 @@ class Ledger:
         else:
             self._study.sampler = self._fresh_sampler(len(self._study.get_trials(deepcopy=False)))
             trial = self._study.ask()
-        params = {name: trial._suggest(name, values) for name, values in self._distributions.items()}
+        params: dict[str, Any] = {
+            name: trial.suggest_categorical(name, values) for name, values in self._genome.items()
+        }
         space = params["space"]
         return Proposal(
             trial.number, space, {gene: params[f"{space}.{gene}"] for gene in self._spaces[space]}
@@ -189,7 +189,7 @@ class Ledger:
         self._storage.engine.dispose()
 
     def _id_of(self, number: int) -> int:
-        return self._storage.get_trial_id_from_study_id_trial_number(self._study._study_id, number)
+        return self._storage.get_trial_id_from_study_id_trial_number(self._study_id, number)
 
     def _fresh_sampler(self, number: int) -> Any:
         """A sampler whose random numbers depend on the study's seed and the trial's number only."""

@@ -19,7 +19,7 @@ from compression.card import MethodCard
 from compression.errors import CompressionError, ShapeError
 from compression.models import ModelSpec, build_model, diff_edits
 from compression.search.criteria import Criterion, ScoreFn, check_criterion, criterion_named
-from compression.search.units import units_of
+from compression.search.units import Units, units_of
 from compression.types import Frozen
 
 logger = logging.getLogger(__name__)
@@ -163,11 +163,11 @@ def _plan(model: nn.Module, example: Tensor, *, ratio: float, round_to: int, sco
         outs = [dep.target.module for dep, _ in group if graph.is_out_channel_pruning_fn(dep.handler)]
         attention = next((attentions[module] for module in outs if module in attentions), None)
         rooted = group if attention is None else _rooted_at_projection(graph, group, attention)
-        scores = None if rooted is None else _scores(rooted, score)
-        if scores is None:
+        ranked = None if rooted is None else _ranked(graph, rooted, attention, round_to, score)
+        if ranked is None:
             unranked += 1
             continue
-        units = units_of(graph, rooted, len(scores), attention, round_to)
+        units, scores = ranked
         drop, kept = units.dropped(scores, ratio)
         if drop:
             root = cast("Any", rooted)[0].dep
@@ -181,14 +181,18 @@ def _plan(model: nn.Module, example: Tensor, *, ratio: float, round_to: int, sco
     return cuts
 
 
-def _scores(group: Any, score: ScoreFn) -> Tensor | None:
-    """One score per channel of the group's root; None, logged, when its layers disagree about their width."""
+def _ranked(
+    graph: Any, group: Any, attention: nn.Module | None, round_to: int, score: ScoreFn
+) -> tuple[Units, Tensor] | None:
+    """The units of a group and a score per channel; None, logged, when its layers disagree on their width."""
     try:
-        return score(group)
+        scores = score(group)
+        if scores is not None:
+            return units_of(graph, group, len(scores), attention, round_to), scores
     except _BREAKAGE as error:
         name = group[0].dep.target.name
         logger.info("the channels of '%s' stay: coupled layers count them differently (%s)", name, error)
-        return None
+    return None
 
 
 def _is_attention(module: nn.Module) -> bool:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
+import torch
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -102,7 +103,7 @@ class StudyResult:
 
     @property
     def finalists(self) -> tuple[Path, ...]:
-        """Checkpoint folders of the finalists, in order."""
+        """Checkpoint folders of the finalists, in order: as they were before the short distillation."""
         return tuple(trial.checkpoint for trial in self.chosen if trial.checkpoint is not None)
 
 
@@ -119,7 +120,7 @@ def run_study(
     best_teacher: str | None = None,
     on_trial: Callable[[TrialResult], None] | None = None,
 ) -> StudyResult:
-    """Every trial, the front and the finalists; ``folder`` gets trials.csv and the trained checkpoints.
+    """Every trial, the front and the finalists; ``folder`` gets trials.csv and their checkpoints.
 
     ``latency_ms`` gives the p50 of one call of ``config.batch`` images; ``best_teacher`` names the parent
     that ``max_macs_share`` and the hypervolume refer to. ``storage`` is an sqlite file: called again with the
@@ -194,8 +195,9 @@ def _calibration(config: Study, dataset: Dataset) -> tuple[Tensor, Tensor] | Non
     if not any(isinstance(space, Prune) and space.criterion == "taylor" for space in config.spaces):
         return None
     split = dataset.calibration
-    images = normalise(split.images[:CALIBRATION_IMAGES], dataset.preprocessing)
-    return images, split.labels[:CALIBRATION_IMAGES]
+    count = len(split.labels)
+    spread = torch.linspace(0, count - 1, min(count, CALIBRATION_IMAGES)).long()
+    return normalise(split.images[spread], dataset.preprocessing), split.labels[spread]
 
 
 def _wants_more(config: Study, ledger: Ledger, rows: Sequence[TrialResult]) -> bool:

@@ -25,7 +25,7 @@ class TrialResult:
 
     number: int
     space: str
-    """Label of the space it came from, for example ``prune-resnet``."""
+    """Label of the space it came from, for example ``prune-resnet-taylor``."""
     choices: dict[str, float | int]
     """What was chosen in that space, for example ``{"ratio": 0.5}``."""
     state: State
@@ -40,7 +40,7 @@ class TrialResult:
     seconds: float | None = None
     """Wall time spent on the candidate."""
     checkpoint: Path | None = None
-    """Folder with the trained candidate."""
+    """Folder with the candidate as it was before the short distillation."""
     digest: str = ""
     """Hash of its architecture and starting weights; empty when it was not built."""
     on_front: bool = False

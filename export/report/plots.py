@@ -215,7 +215,7 @@ def latency(samples: "Samples", reference: str, batch: int, floor: float | None)
             axes.annotate(
                 f"{median:.2f}×", (1, i), xycoords=("axes fraction", "data"), xytext=(4, 0),
                 textcoords="offset points", va="center", fontsize=9.5,
-            )  # fmt: skip
+            )
         axes.grid(visible=False, axis="y")
         axes.tick_params(axis="y", length=0)
         axes.set(xlabel=f"time / {reference}, same round, batch {batch}")
@@ -261,7 +261,7 @@ def bars(values: Mapping[str, float], label: str, *, digits: int = 2) -> Figure 
             axes.annotate(
                 f"{number:+.{digits}f}", (number, i), xytext=(-4 if left else 4, 0), textcoords="offset points",
                 va="center", ha="right" if left else "left", fontsize=9.5,
-            )  # fmt: skip
+            )
         axes.set_xlim(
             min(min(numbers), 0) - 0.2 * span * (min(numbers) < 0), max(max(numbers), 0) + 0.2 * span
         )

@@ -82,7 +82,11 @@ def test_changed_code_changes_the_key(tmp_path: Path, monkeypatch: pytest.Monkey
     before = code_digest(("methods_under_test",))
     code_digest.cache_clear()
     (package / "loss.py").write_text("x = 2\n")
-    assert code_digest(("methods_under_test",)) != before
+    changed = code_digest(("methods_under_test",))
+    assert changed != before
+    code_digest.cache_clear()
+    (package / "loss.py").write_text('"""A comment is not code."""\n\nx   =   2  # nor is this\n')
+    assert code_digest(("methods_under_test",)) == changed
     code_digest.cache_clear()
 
 

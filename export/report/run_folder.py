@@ -1,0 +1,110 @@
+"""Reading a run folder: every file is optional, and one that is missing or broken leaves its section empty."""
+
+import csv
+import json
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from compression.errors import ArtifactError
+from export.comparison import parse_cell, read_comparison
+
+if TYPE_CHECKING:
+    from export.benchmark import Samples
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """What the files of one run say; nothing here is computed."""
+
+    path: Path
+    env: dict[str, Any] = field(default_factory=dict)
+    """``env.json``: processor, versions, commit, seed."""
+    lineage: list[dict[str, Any]] = field(default_factory=list)
+    """``lineage.json``: one entry per stage, in order."""
+    verdict: dict[str, Any] = field(default_factory=dict)
+    """``verdict.json``: a ``RunVerdict``."""
+    comparison: list[dict[str, Any]] = field(default_factory=list)
+    """``comparison.csv``."""
+    teachers: list[dict[str, Any]] = field(default_factory=list)
+    """``teachers.csv``."""
+    selection: dict[str, Any] = field(default_factory=dict)
+    """``selection.json``: a selection report."""
+    trials: list[dict[str, Any]] = field(default_factory=list)
+    """``trials.csv``."""
+    histories: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    """``histories.json``: name -> rows per epoch."""
+    parity: list[dict[str, Any]] = field(default_factory=list)
+    """``parity.csv``."""
+    latency: dict[str, Any] = field(default_factory=dict)
+    """``latency.json``: a ``BenchmarkResult``."""
+    samples: "Samples" = field(default_factory=dict)
+    """``latency_raw.csv``."""
+    reliability: dict[str, list[list[float]]] = field(default_factory=dict)
+    """``reliability.json``: name -> [confidence, accuracy, count] per bin."""
+    recipe: str = ""
+    """``recipe.resolved.yaml``, as text."""
+    problems: tuple[str, ...] = ()
+    """Files that are there and could not be read, with the reason."""
+
+    @property
+    def name(self) -> str:
+        """Recipe and run id, from the folder's place."""
+        return f"{self.path.parent.name} / {self.path.name}"
+
+
+def open_run(path: Path) -> RunFolder:
+    """Reads ``runs/<recipe>/<run-id>/``.
+
+    Raises:
+        ArtifactError: there is no such folder.
+    """
+    from export.benchmark import read_raw
+
+    path = path.resolve()
+    if not path.is_dir():
+        raise ArtifactError(f"Run '{path}' has no folder, expected runs/<recipe>/<run-id>. Run the recipe first.")
+    problems: list[str] = []
+
+    def read(name: str, reader: Any, empty: Any) -> Any:
+        file = path / name
+        if not file.is_file():
+            return empty
+        try:
+            found = reader(file)
+            if not isinstance(found, type(empty)):
+                raise TypeError(f"holds a {type(found).__name__}, expected a {type(empty).__name__}")
+        except (ValueError, KeyError, TypeError, OSError, csv.Error) as error:
+            problems.append(f"{name}: {error}")
+            logger.warning("report: '%s' of run '%s' could not be read: %s", name, path.name, error)
+            return empty
+        return found
+
+    contents = dict(
+        env=read("env.json", _json, {}),
+        lineage=read("lineage.json", _json, []),
+        verdict=read("verdict.json", _json, {}),
+        comparison=read("comparison.csv", read_comparison, []),
+        teachers=read("teachers.csv", _csv, []),
+        selection=read("selection.json", _json, {}),
+        trials=read("trials.csv", _csv, []),
+        histories=read("histories.json", _json, {}),
+        parity=read("parity.csv", _csv, []),
+        latency=read("latency.json", _json, {}),
+        samples=read("latency_raw.csv", read_raw, {}),
+        reliability=read("reliability.json", _json, {}),
+        recipe=read("recipe.resolved.yaml", lambda file: file.read_text(), ""),
+    )
+    return RunFolder(path=path, **contents, problems=tuple(problems))
+
+
+def _json(path: Path) -> Any:
+    return json.loads(path.read_text())
+
+
+def _csv(path: Path) -> list[dict[str, Any]]:
+    with path.open(newline="") as file:
+        return [{name: parse_cell(cell) for name, cell in row.items()} for row in csv.DictReader(file)]
