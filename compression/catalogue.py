@@ -1,29 +1,30 @@
-"""Every method a recipe can name, by kind; read from the unions, so that nothing is listed twice."""
+"""Every method a recipe can name, by kind."""
 
 from typing import Any, get_args
 
-from compression.augment import AnyAugment
-from compression.data import AnyData
-from compression.distill import AnyCombination, AnyLoss
-from compression.models import AnyModel
-from compression.quantize import AnyQuantizer
-from compression.search import AnySearch, AnySpace
-from compression.search.criteria import AnyCriterion
-from compression.select import AnySelector
+from compression.types import Frozen
 
 
-def catalogue() -> dict[str, list[Any]]:
-    """Kind of method -> its config classes, in the order of their union."""
-    unions: dict[str, Any] = {
-        "data": AnyData,
-        "augmentations": AnyAugment,
-        "models": AnyModel,
-        "selectors": AnySelector,
-        "searches": AnySearch,
-        "spaces": AnySpace,
-        "criteria": AnyCriterion,
-        "combinations": AnyCombination,
-        "losses": AnyLoss,
-        "quantizers": AnyQuantizer,
+def catalogue() -> dict[str, list[type[Frozen]]]:
+    """Return kind of method -> its config classes, in the order of the unions; each carries a ``card``."""
+    from compression.distill.losses import AnyLoss
+    from compression.distill.teachers import AnyCombination
+    from compression.quantize import AnyQuantizer
+    from compression.search import AnySearch, AnySpace
+    from compression.search.criteria import AnyCriterion
+    from compression.select import AnySelector
+
+    return {
+        "selectors": members(AnySelector),
+        "searchers": members(AnySearch),
+        "spaces": members(AnySpace),
+        "criteria": members(AnyCriterion),
+        "combinations": members(AnyCombination),
+        "losses": members(AnyLoss),
+        "quantizers": members(AnyQuantizer),
     }
-    return {kind: list(get_args(union)) or [union] for kind, union in unions.items()}
+
+
+def members(union: Any) -> list[type[Frozen]]:
+    """Return the classes of a union; a union of one is the class itself."""
+    return list(get_args(union)) or [union]

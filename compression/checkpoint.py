@@ -6,6 +6,7 @@
 import hashlib
 import io
 import os
+import re
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,6 +27,8 @@ SPEC_FILE = "spec.json"
 WEIGHTS_FILE = "weights.safetensors"
 # Where training scripts usually keep the weights inside a larger dictionary.
 _NESTED_UNDER = ("state_dict", "model_state_dict", "model")
+# How torch's weights-only reader names what it will not run: an import, or an instruction.
+_REFUSED = re.compile(r"unsupported (?:global: )?(global \S+|operand \d+|class \S+)", re.IGNORECASE)
 
 
 class CheckpointFile(Frozen):
@@ -203,11 +206,11 @@ def _read_weights_only(content: bytes, path: Path) -> Any:
     try:
         return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as cause:  # a hostile or damaged file can break torch's reader in any way
-        reason = str(cause)
-        if "Unsupported" in reason or "WeightsUnpickler" in reason:
+        refused = _REFUSED.search(str(cause))
+        if refused:
             raise CheckpointError(
-                f"Weights '{path}' has a pickle that asks to run code, expected tensors only; it was refused "
-                "and nothing in it ran. Re-save the weights as .safetensors where you trust the file."
+                f"Weights '{path}' has a pickle that asks for {refused[1]}, expected tensors only; it was "
+                "refused and nothing in it ran. Re-save the weights as .safetensors where the file is trusted."
             ) from cause
         raise CheckpointError(
             f"Weights '{path}' has content torch cannot read ({type(cause).__name__}), expected a whole file "
@@ -225,7 +228,9 @@ def _state_dict(content: Any, path: Path) -> dict[str, Tensor]:
             "Save model.state_dict()."
         )
     strange = [
-        f"{key!r} ({type(value).__name__})" for key, value in content.items() if not _is_entry(key, value)
+        f"{key!r} ({type(value).__name__})"
+        for key, value in content.items()
+        if not (isinstance(key, str) and isinstance(value, Tensor))
     ]
     if strange:
         raise CheckpointError(
@@ -244,8 +249,8 @@ def _check_describes(spec: ModelSpec, model: nn.Module) -> None:
         differences = diff_edits(rebuilt, model)
     except ShapeError as cause:
         raise CheckpointError(
-            f"Spec of '{type(model).__name__}' has another network than the model given ({cause}), expected a "
-            "spec that builds it. Pass the spec the model was built from."
+            f"Spec of '{type(model).__name__}' has another network than the model given ({cause}), expected "
+            "a spec that builds it. Pass the spec the model was built from."
         ) from cause
     if differences:
         raise CheckpointError(

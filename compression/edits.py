@@ -163,7 +163,7 @@ def _resize(module: nn.Module, edit: ResizeModule) -> None:
     else:
         raise CheckpointError(
             f"Edit of module '{edit.module}' has target type {type(module).__name__}, expected a "
-            "convolution, linear layer, batch norm or layer norm. Write the checkpoint again with this version."
+            "convolution, linear layer, batch norm or layer norm. Write the checkpoint again."
         )
     reset = getattr(module, "reset_parameters", None)
     if callable(reset):
@@ -212,7 +212,7 @@ def _set_attributes(module: nn.Module, edit: SetAttributes) -> None:
         if name not in existing:
             raise CheckpointError(
                 f"Edit of module '{edit.module}' has attribute '{name}', expected one of the numbers it "
-                f"holds: {', '.join(sorted(existing)) or 'none'}. Write the checkpoint again with this version."
+                f"holds: {', '.join(sorted(existing)) or 'none'}. Write the checkpoint again."
             )
         setattr(module, name, value)
 

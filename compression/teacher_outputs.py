@@ -55,8 +55,8 @@ def write_teacher_outputs(
     folder.mkdir(parents=True, exist_ok=True)
     train, validation = dataset.train, dataset.validation
     size, classes = len(train.labels), dataset.num_classes
-    with frozen(model), torch.inference_mode():
-        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    with frozen(model), torch.no_grad():
         store = np.lib.format.open_memmap(
             folder / "logits.npy", mode="w+", dtype=np.float16, shape=(spec.views, size, classes)
         )

@@ -11,6 +11,9 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 NOT_MEASURED = "not measured"
+NOT_RUN = "not run"
+NONE = "none"
+"""For relations: a teacher has no parent, and nobody failed to measure it."""
 
 Row = Mapping[str, Any]
 """One candidate x runtime x batch; a key that is absent, ``None`` or NaN reads "not measured"."""
@@ -26,25 +29,31 @@ class Column:
     kind: Literal["text", "share", "points", "number", "count", "bytes", "ms", "seconds", "ratio"] = "text"
     main: bool = False
     """Whether the short table shows it."""
+    missing: str = NOT_MEASURED
+    """What an empty cell reads."""
 
 
 COLUMNS: tuple[Column, ...] = (
     Column("id", "candidate", "name of the model or file", main=True),
     Column("role", "role", "teacher, student, control or file", main=True),
-    Column("parent", "parent", "what it was made from"),
-    Column("control", "control", "the row without this stage, for the stage's marginal gain"),
-    Column("stages", "stages", "the stages that made it, in order"),
+    Column("parent", "parent", "what it was made from", missing=NONE),
+    Column("control", "control", "the row without this stage, for the stage's marginal gain", missing=NONE),
+    Column("stages", "stages", "the stages that made it, in order", missing=NONE),
     Column("recipe", "recipe", "the recipe of the run"),
-    Column("teachers", "teachers", "who taught it"),
+    Column("teachers", "teachers", "who taught it", missing=NONE),
     Column("seed", "seed", "seed of the run", "count"),
     Column("accuracy", "accuracy", "share of correct answers on the test split", "share", main=True),
     Column("accuracy_top5", "top-5", "the right class is among the five most probable", "share"),
-    Column("delta_teacher", "vs teacher", "accuracy minus the best teacher's, in points", "points", main=True),
+    Column(
+        "delta_teacher", "vs teacher", "accuracy minus the best teacher's, in points", "points", main=True
+    ),
     Column("delta_control", "vs control", "accuracy minus its control's, in points", "points"),
     Column("drop_low", "drop, low", "lower 95 % bound of the accuracy lost to the best teacher", "points"),
     Column("drop_high", "drop, high", "upper 95 % bound of it", "points"),
     Column("worst_class_drop", "worst class", "largest accuracy drop of one class", "points"),
-    Column("agreement_teacher", "agreement", "share of samples on which it answers like the teacher", "share"),
+    Column(
+        "agreement_teacher", "agreement", "share of samples on which it answers like the teacher", "share"
+    ),
     Column("flips", "flips", "share of answers changed by the last conversion", "share"),
     Column("nll", "NLL", "negative log-likelihood, nats", "number"),
     Column("ece", "ECE", "expected calibration error over 15 bins", "number", main=True),
@@ -70,14 +79,16 @@ COLUMNS: tuple[Column, ...] = (
     Column("latency_p99_ms", "p99", "99th percentile", "ms"),
     Column("latency_std_ms", "std", "standard deviation of the calls", "ms"),
     Column("throughput_per_s", "images/s", "images per second at the median", "number"),
-    Column("ratio_to_reference", "time ratio", "median of per-round ratios to the reference", "ratio", main=True),
+    Column(
+        "ratio_to_reference", "time ratio", "median of per-round ratios to the reference", "ratio", main=True
+    ),
     Column("energy_j", "energy", "joules per inference", "number"),
     Column("parity_max_abs", "max diff", "largest logit difference to the torch model", "number"),
     Column("parity_kl", "parity KL", "KL divergence to the torch model, nats", "number"),
     Column("seconds", "cost", "seconds the stages took that made it", "seconds"),
-    Column("pareto", "Pareto", "nothing measured is both faster and more accurate", main=True),
-    Column("verdict", "verdict", "what the gate decided", main=True),
-    Column("status", "status", "measured, cached, failed with reason, or built but not run"),
+    Column("pareto", "Pareto", "nothing measured is both faster and more accurate", main=True, missing=NOT_RUN),
+    Column("verdict", "verdict", "what the gate decided", main=True, missing=NOT_RUN),
+    Column("status", "status", "measured, cached, failed with reason, or built but not run", missing=NOT_RUN),
 )
 
 BY_NAME = {column.name: column for column in COLUMNS}
@@ -85,13 +96,13 @@ BY_NAME = {column.name: column for column in COLUMNS}
 
 def is_missing(value: object) -> bool:
     """Whether a cell holds nothing: absent, empty, NaN, or the words for it."""
-    return value is None or value in ("", NOT_MEASURED) or (isinstance(value, float) and math.isnan(value))
+    return value is None or value in ("", NONE, NOT_RUN, NOT_MEASURED) or (isinstance(value, float) and math.isnan(value))
 
 
-def show(value: object, kind: str = "text") -> str:
-    """A cell as people read it, with its unit; "not measured" for a missing one."""
+def show(value: object, kind: str = "text", missing: str = NOT_MEASURED) -> str:
+    """A cell as people read it, with its unit; ``missing`` for an empty one."""
     if is_missing(value):
-        return NOT_MEASURED
+        return missing
     if isinstance(value, bool):
         return "yes" if value else "no"
     if kind == "text" or not isinstance(value, int | float):
@@ -106,13 +117,15 @@ def show(value: object, kind: str = "text") -> str:
         return str(round(value)) if abs(value) < 10_000 else _scaled(float(value), 1000, ("", "k", "M", "G"))
     if kind == "ratio":
         return f"{value:.3f}×"
-    digits = {"ms": 3 if abs(value) < 10 else 1, "seconds": 0 if value >= 10 else 1}.get(kind, 4)
-    unit = {"ms": " ms", "seconds": " s"}.get(kind, "")
-    return f"{value:,.{digits}f}{unit}" if abs(value) < 1e5 else f"{value:,.0f}{unit}"
+    if kind == "ms":
+        return f"{value:,.{3 if abs(value) < 10 else 1}f} ms"
+    if kind == "seconds":
+        return f"{value:,.{0 if abs(value) >= 10 else 1}f} s"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 def write_comparison(rows: Iterable[Row], path: Path) -> None:
-    """Writes ``comparison.csv``: every column of ``COLUMNS`` in order, missing cells as "not measured".
+    """Writes ``comparison.csv``: every column of ``COLUMNS`` in order, missing cells in the column's words.
 
     Raises:
         ValueError: a row has a key that is not a column.
@@ -123,9 +136,12 @@ def write_comparison(rows: Iterable[Row], path: Path) -> None:
         for row in rows:
             unknown = sorted(set(row) - set(BY_NAME))
             if unknown:
-                raise ValueError(f"Row '{row.get('id')}' has unknown columns {unknown}, expected only known ones.")
-            cells = [row.get(name) for name in BY_NAME]
-            writer.writerow([NOT_MEASURED if is_missing(cell) else cell for cell in cells])
+                raise ValueError(
+                    f"Row '{row.get('id')}' has unknown columns {unknown}, expected only known ones."
+                )
+            writer.writerow(
+                column.missing if is_missing(row.get(column.name)) else row[column.name] for column in COLUMNS
+            )
 
 
 def read_comparison(path: Path) -> list[dict[str, Any]]:
@@ -159,19 +175,20 @@ def console_table(rows: Sequence[Row], *, title: str = "") -> "Table":
         table.add_column(column.title, justify="left" if column.kind == "text" else "right")
     for row in rows:
         style = "bold green" if row.get("verdict") == "ships" else None
-        table.add_row(*(show(row.get(column.name), column.kind) for column in columns), style=style)
+        table.add_row(*(show(row.get(column.name), column.kind, column.missing) for column in columns), style=style)
     return table
 
 
 def marginal_gains(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """What each stage added over its control arm: one entry for every row that names a ``control``.
+    """What each stage added over its control arm: one entry for every candidate that names a ``control``.
 
     ``gain`` is in accuracy share, ``seconds`` what the row cost more than its control; ``None`` where one
     of the two was not measured.
     """
-    by_id = {row.get("id"): row for row in rows}
+    by_id = {row.get("id"): row for row in reversed(rows)}  # the first row of each wins
+    by_id = dict(reversed(by_id.items()))
     gains = []
-    for row in rows:
+    for row in by_id.values():
         control = by_id.get(row.get("control"))
         if is_missing(row.get("control")):
             continue
@@ -204,7 +221,8 @@ def pareto_flags(points: Sequence[tuple[float, float]]) -> list[bool]:
     def beaten(i: int) -> bool:
         cost, value = points[i]
         return any(
-            finite[j] and c <= cost and v >= value and (c < cost or v > value) for j, (c, v) in enumerate(points)
+            finite[j] and c <= cost and v >= value and (c < cost or v > value)
+            for j, (c, v) in enumerate(points)
         )
 
     return [finite[i] and not beaten(i) for i in range(len(points))]

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from compression.statistics import Interval, accuracy_drop
 from compression.types import Frozen
-from export.benchmark import BenchmarkResult
+from export.latency import BenchmarkResult
 
 Precision = Literal["float32", "float16", "int8"]
 
@@ -83,7 +83,9 @@ def worst_class_drop(
     return max(drops, key=lambda drop: drop.estimate)
 
 
-def latency_facts(result: BenchmarkResult, model: str, *, batch: int) -> dict[str, Interval | float | int | None]:
+def latency_facts(
+    result: BenchmarkResult, model: str, *, batch: int
+) -> dict[str, Interval | float | int | None]:
     """The fields of ``Evidence`` that a benchmark fills in; unpack it with ``**``.
 
     Raises:

@@ -6,25 +6,15 @@ What a policy asks for and nobody measured is inconclusive too: "not run" is nev
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Annotated, Literal
+from collections.abc import Iterator
+from typing import Annotated
 
 from pydantic import Field, PositiveFloat
 
 from compression.statistics import Interval
 from compression.types import Frozen
 from export.evidence import Evidence
-
-Outcome = Literal["accept", "inconclusive", "regression", "infeasible", "anomalous"]
-"""From best to worst. ``anomalous`` means: too strange to believe, a person has to look."""
-
-SEVERITY: dict[Outcome, int] = {
-    "accept": 0,
-    "inconclusive": 1,
-    "regression": 2,
-    "infeasible": 3,
-    "anomalous": 4,
-}
+from export.verdict import SEVERITY, Check, Outcome, Verdict
 
 Share = Annotated[float, Field(ge=0, le=1)]
 
@@ -58,46 +48,12 @@ class Policy(Frozen):
     """A student better than its best teacher by more than this is not believed without a look."""
 
 
-class Check(Frozen):
-    """One question to the evidence, and its answer in words."""
-
-    name: str
-    outcome: Literal["pass", "fail", "inconclusive", "skipped"]
-    found: str
-    expected: str
-    reason: str
-    on_fail: Outcome = "regression"
-    """What the verdict becomes when this check fails."""
-
-
-class Verdict(Frozen):
-    """The decision on one target (or one file of it)."""
-
-    target: str
-    candidate: str
-    """The file the checks are about."""
-    outcome: Outcome
-    checks: tuple[Check, ...]
-    ships: str | None = None
-    """Name of the file that ships; none unless accepted."""
-    reasons: tuple[str, ...] = ()
-    """Why, in sentences."""
-    ran: bool = True
-    """False for an engine that was built but not run here."""
-
-
-class RunVerdict(Frozen):
-    """The decision on a whole run; ``verdict.json``."""
-
-    outcome: Outcome
-    summary: str
-    targets: dict[str, Verdict]
-
-
 def decide(policy: Policy, evidence: Evidence) -> Verdict:
     """The verdict on one file; ``ships`` is its own name when it is accepted."""
     if not evidence.ran:
-        reason = f"'{evidence.candidate}' was built, not run: this machine cannot execute it, so nothing is proven."
+        reason = (
+            f"'{evidence.candidate}' was built, not run: this machine can't execute it. Nothing is proven."
+        )
         return Verdict(
             target=evidence.target,
             candidate=evidence.candidate,
@@ -115,8 +71,9 @@ def decide(policy: Policy, evidence: Evidence) -> Verdict:
     )
     outcome: Outcome = "accept"
     for check in checks:
-        effect: Outcome = {"fail": check.on_fail, "inconclusive": "inconclusive"}.get(check.outcome, "accept")
-        outcome = max(outcome, effect, key=SEVERITY.__getitem__)
+        if check.outcome in ("fail", "inconclusive"):
+            effect: Outcome = check.on_fail if check.outcome == "fail" else "inconclusive"
+            outcome = max(outcome, effect, key=SEVERITY.__getitem__)
     blocking = tuple(check.reason for check in checks if check.outcome in ("fail", "inconclusive"))
     return Verdict(
         target=evidence.target,
@@ -126,30 +83,6 @@ def decide(policy: Policy, evidence: Evidence) -> Verdict:
         ships=evidence.candidate if outcome == "accept" else None,
         reasons=blocking or (f"'{evidence.candidate}' meets every limit of the policy.",),
     )
-
-
-def combine(verdicts: Mapping[str, Verdict]) -> RunVerdict:
-    """The verdict on a run: the worst of the targets that ran here.
-
-    Targets that were built but cannot run here are listed and leave the outcome alone, unless nothing ran.
-    """
-    ran = {name: verdict for name, verdict in verdicts.items() if verdict.ran}
-    unrun = sorted(set(verdicts) - set(ran))
-    outcome: Outcome = "inconclusive"
-    if ran:
-        outcome = max((verdict.outcome for verdict in ran.values()), key=SEVERITY.__getitem__)
-    parts = [f"{name}: {_headline(verdict)}" for name, verdict in ran.items()]
-    if unrun:
-        parts.append(f"{', '.join(unrun)}: built, not run here")
-    return RunVerdict(
-        outcome=outcome, summary="; ".join(parts) or "there was no target to judge", targets=dict(verdicts)
-    )
-
-
-def _headline(verdict: Verdict) -> str:
-    if verdict.outcome == "accept":
-        return f"'{verdict.ships}' ships"
-    return f"{verdict.outcome}, {verdict.reasons[0]}" if verdict.reasons else verdict.outcome
 
 
 def bounded(
@@ -180,7 +113,7 @@ def _anomalies(policy: Policy, evidence: Evidence) -> Iterator[Check]:
         outcome="fail" if broken else "pass",
         found=f"not a number: {', '.join(broken)}" if broken else "all finite",
         expected="all finite",
-        reason=f"Not finite: {', '.join(broken)}. A file or a measurement is broken; look at the parity ladder."
+        reason=f"Not finite: {', '.join(broken)}. Something is broken; look at the parity ladder."
         if broken
         else "Every measured value is a finite number.",
         on_fail="anomalous",
@@ -192,8 +125,8 @@ def _anomalies(policy: Policy, evidence: Evidence) -> Iterator[Check]:
             outcome="fail",
             found=f"{teacher:.1%}",
             expected=f"more than {1 / classes:.1%}",
-            reason=f"The best teacher is right {teacher:.1%} of the time with {classes} classes, no better than "
-            "guessing. Check its class order and preprocessing.",
+            reason=f"The best teacher is right {teacher:.1%} of the time with {classes} classes: no better "
+            "than guessing. Check its class order and preprocessing.",
             on_fail="anomalous",
         )
     drop, limit = evidence.accuracy_drop, policy.max_accuracy_gain
@@ -212,7 +145,10 @@ def _anomalies(policy: Policy, evidence: Evidence) -> Iterator[Check]:
 
 def _accuracy(policy: Policy, evidence: Evidence) -> Iterator[Check]:
     yield _limit(
-        "accuracy drop", evidence.accuracy_drop, policy.max_accuracy_drop, "The accuracy lost to the best teacher"
+        "accuracy drop",
+        evidence.accuracy_drop,
+        policy.max_accuracy_drop,
+        "The accuracy lost to the best teacher",
     )
     yield _limit(
         "worst class",
@@ -273,7 +209,8 @@ def _latency(policy: Policy, evidence: Evidence) -> Iterator[Check]:
         else:
             outcome, reason = (
                 "inconclusive",
-                f"Its time is {found}; a difference counts {expected}. More rounds on a quieter machine would tell.",
+                f"Its time is {found}; a difference counts {expected}. "
+                "More rounds on a quieter machine would tell.",
             )
         yield Check(name=name, outcome=outcome, found=found, expected=expected, reason=reason)
     yield _limit(
@@ -288,7 +225,9 @@ def _latency(policy: Policy, evidence: Evidence) -> Iterator[Check]:
 
 def _size(policy: Policy, evidence: Evidence) -> Iterator[Check]:
     size = None if evidence.size_bytes is None else evidence.size_bytes / 1024
-    yield _fact("size budget", size, policy.max_size_kib, "File size", unit="KiB", digits=1, on_fail="infeasible")
+    yield _fact(
+        "size budget", size, policy.max_size_kib, "File size", unit="KiB", digits=1, on_fail="infeasible"
+    )
     if evidence.ran:
         peak = None if evidence.peak_rss_bytes is None else evidence.peak_rss_bytes / 2**20
         yield _fact(
@@ -348,7 +287,11 @@ def _fact(
 def _skipped(name: str, found: Interval | None = None) -> Check:
     shown = NOT_MEASURED if found is None else f"{found.estimate:.4g}"
     return Check(
-        name=name, outcome="skipped", found=shown, expected="no limit", reason="The policy sets no limit here."
+        name=name,
+        outcome="skipped",
+        found=shown,
+        expected="no limit",
+        reason="The policy sets no limit here.",
     )
 
 
@@ -382,8 +325,3 @@ def _numbers(evidence: Evidence) -> Iterator[tuple[str, float]]:
             yield name, value.estimate + value.low + value.high
         elif isinstance(value, int | float):
             yield name, value
-
-
-def best_of(verdicts: Sequence[Verdict]) -> Verdict:
-    """The verdict with the mildest outcome; the first of them on a tie."""
-    return min(verdicts, key=lambda verdict: SEVERITY[verdict.outcome])

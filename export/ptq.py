@@ -2,7 +2,8 @@
 
 import logging
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -72,7 +73,7 @@ def quantize_static(
                 "OpTypesToExcludeOutputQuantization": ["Conv", "Gemm", "Add"],
             },
         }
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, _quiet():
         clean, made = Path(folder) / "clean.onnx", Path(folder) / "int8.onnx"
         try:
             quant_pre_process(str(source), str(clean), skip_symbolic_shape=True)
@@ -97,6 +98,21 @@ def quantize_static(
     if preset == "tensorrt":
         check_symmetric(target)
     return check_graph(target)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The quantizer warns through the root logger about every tensor it rightly leaves alone."""
+
+    def serious(record: logging.LogRecord) -> bool:
+        return record.levelno >= logging.ERROR
+
+    root = logging.getLogger()
+    root.addFilter(serious)
+    try:
+        yield
+    finally:
+        root.removeFilter(serious)
 
 
 def _reader(images: NDArray[np.float32], input_name: str) -> Any:

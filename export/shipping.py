@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 
 from export.evidence import Evidence
-from export.gate import Check, Policy, Verdict, best_of, decide
+from export.gate import Policy, decide
+from export.verdict import Check, Verdict, best_of
 
 PRECISION_ORDER = {"float32": 0, "float16": 1, "int8": 2}
 """Simplest first: among equally fast files the one with the least rounding ships."""
@@ -30,7 +31,9 @@ def choose_shipped(policy: Policy, files: Sequence[Evidence]) -> Verdict:
     passing = [evidence for evidence in files if verdicts[evidence.candidate].outcome == "accept"]
     if not passing:
         closest = best_of(list(verdicts.values()))
-        return closest.model_copy(update={"reasons": (*closest.reasons, *_others(verdicts, closest.candidate))})
+        return closest.model_copy(
+            update={"reasons": (*closest.reasons, *_others(verdicts, closest.candidate))}
+        )
     shipped = _fastest(passing)
     reasons = [_why(shipped, passing)]
     for evidence in files:
@@ -51,8 +54,8 @@ def why_not_faster(int8: Evidence, faster: Evidence) -> list[str]:
     found = [f"'{name}' is not faster than '{faster.candidate}'{noise}{times}."]
     if int8.integer_share is not None and int8.integer_share < 0.9:
         found.append(
-            f"Only {int8.integer_share:.0%} of the weight layers of '{name}' run as integer kernels; the rest "
-            "convert to float and back."
+            f"Only {int8.integer_share:.0%} of the weight layers of '{name}' run as integer kernels; the "
+            "rest convert to float and back."
         )
     if int8.vnni is False:
         found.append(
@@ -84,7 +87,11 @@ def _ratio(evidence: Evidence) -> float:
 
 
 def _why(shipped: Evidence, passing: Sequence[Evidence]) -> str:
-    ratio = f" at {shipped.latency_ratio.estimate:.0%} of {shipped.parent}'s time" if shipped.latency_ratio else ""
+    ratio = (
+        f" at {shipped.latency_ratio.estimate:.0%} of {shipped.parent}'s time"
+        if shipped.latency_ratio
+        else ""
+    )
     if len(passing) == 1:
         return f"'{shipped.candidate}' ships{ratio}: it is the only file that passes."
     return f"'{shipped.candidate}' ships{ratio}: the fastest of the {len(passing)} files that pass."
@@ -95,7 +102,9 @@ def _others(verdicts: dict[str, Verdict], chosen: str) -> list[str]:
     for name, verdict in verdicts.items():
         if name == chosen or verdict.outcome == "accept":
             continue
-        blocking: list[Check] = [check for check in verdict.checks if check.outcome in ("fail", "inconclusive")]
+        blocking: list[Check] = [
+            check for check in verdict.checks if check.outcome in ("fail", "inconclusive")
+        ]
         why = blocking[0].reason if blocking else (verdict.reasons or ("",))[0]
         lines.append(f"'{name}' does not ship ({verdict.outcome}): {why}")
     return lines

@@ -4,7 +4,7 @@ Standard library, numpy and ONNX Runtime only, so that a process started from he
 and the memory it reports is the model's and the runtime's, not a training framework's.
 
     python -m export.timing time  JOB.json OUT.json RAW.csv     all models side by side
-    python -m export.timing probe MODEL.onnx THREADS            load, first inference, peak memory of one model
+    python -m export.timing probe MODEL.onnx THREADS            load, first inference, peak memory
 """
 
 import csv
@@ -173,7 +173,9 @@ def side_by_side(
     return failures
 
 
-def latency_p50_ms(path: Path, *, batch: int, threads: int = 1, warmup: int = 10, seconds: float = 0.3) -> float:
+def latency_p50_ms(
+    path: Path, *, batch: int, threads: int = 1, warmup: int = 10, seconds: float = 0.3
+) -> float:
     """Median latency of one ONNX file in this process, in ms; a quick look for searches, not for reports.
 
     Only comparable with other values taken in the same few minutes; reports use ``export.benchmark``.

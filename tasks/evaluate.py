@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
-from export.parity import ENGINE_NOT_RUN, Rung, compare, self_perturbation_floor
 from torch import Tensor, nn
 
 from compression.augment import normalise
@@ -19,6 +18,7 @@ from compression.metrics import metrics_of, predict, reliability
 from compression.quantize import load_quantized
 from compression.types import Preprocessing
 from export.benchmark import BenchmarkJob, run_benchmark
+from export.parity import ENGINE_NOT_RUN, Rung, compare, self_perturbation_floor
 from export.runtime import OnnxSession, integer_share, predict_fn
 from tasks.stage import StageOutput, StageResult, Work, stage
 from tasks.teachers import MODEL_CODE

@@ -8,16 +8,16 @@ from typing import Literal
 
 import numpy as np
 import torch
-from export.engine_trt import build_engine
-from export.ptq import quantize_static
 
 from compression.augment import normalise
-from compression.checkpoint import load_checkpoint
+from compression.checkpoint import load_checkpoint, read_spec
 from compression.data import open_dataset
 from compression.errors import ExportError
 from compression.models import ModelSpec
 from compression.quantize import load_quantized
+from export.engine_trt import build_engine
 from export.onnx_graph import to_onnx
+from export.ptq import quantize_static
 from export.qdq import check_symmetric, to_u8_activations
 from export.targets import AnyTarget, TensorRtRtxTarget, TensorRtTarget
 from tasks.artifacts import file_digest
@@ -59,14 +59,13 @@ def export_graph(
     after training, as the control arm.
     """
     folder = work.open(model)
-    spec_text = (folder / "spec.json").read_text(encoding="utf-8")
-    spec = ModelSpec.model_validate_json(spec_text)
+    spec = read_spec(folder)
     lineage = {"model": model.artifact.sha256, "data": data.artifact.sha256, "form": form, **teachers}
     metadata = graph_metadata(spec, lineage)
     with work.store.put("graph") as draft:
         path = draft.folder / "model.onnx"
         if form in ("float32", "float16"):
-            student, spec = load_checkpoint(folder)
+            student, _ = load_checkpoint(folder)
             info = to_onnx(student, path, input_shape=spec.input_shape, metadata=metadata, precision=form)
         elif form == "int8-symmetric":
             info = to_onnx(

@@ -11,12 +11,13 @@ import torch
 
 from compression.data import open_dataset
 from compression.statistics import accuracy_drop, mcnemar
-from export.benchmark import BenchmarkResult
 from export.evidence import Evidence, latency_facts, worst_class_drop
-from export.gate import Policy, RunVerdict, Verdict, combine, decide
+from export.gate import Policy, decide
+from export.latency import BenchmarkResult
 from export.runtime import cpu_features
 from export.shipping import choose_shipped
 from export.targets import AnyTarget, OnnxRuntimeTarget
+from export.verdict import RunVerdict, Verdict, combine
 from tasks import tracking
 from tasks.stage import StageOutput, StageResult, Work, stage
 

@@ -13,12 +13,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from export.report.page import build_report
-
-from export.benchmark import BenchmarkResult
 from export.comparison import COLUMNS, pareto_flags, read_comparison, write_comparison
-from export.gate import RunVerdict
+from export.latency import BenchmarkResult
+from export.report.page import build_report
 from export.runtime import cpu_features
+from export.verdict import RunVerdict
 from tasks import tracking
 from tasks.artifacts import Store
 from tasks.export import write_target

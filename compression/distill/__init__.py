@@ -1,16 +1,29 @@
-"""Distillation: losses of tensors, combinations of teachers, and the step that joins them."""
+"""Distillation: losses x combinations of teachers, on outputs stored once or on live teachers."""
 
 from compression.distill.config import DistillConfig
-from compression.distill.losses import AnyLoss, LossFn
-from compression.distill.run import distill, distillation_step, live_distillation_step, plain_step
-from compression.distill.teachers import AnyCombination, CombineFn
+from compression.distill.losses import AnyLoss, CrossEntropy, Kd
+from compression.distill.run import (
+    check_panel,
+    distill,
+    distillation_step,
+    live_distillation_step,
+    plain_step,
+)
+from compression.distill.teachers import AnyCombination, Confidence, Uniform
+from compression.distill.types import CombineFn, LossFn, TeacherLogits
 
 __all__ = [
     "AnyCombination",
     "AnyLoss",
     "CombineFn",
+    "Confidence",
+    "CrossEntropy",
     "DistillConfig",
+    "Kd",
     "LossFn",
+    "TeacherLogits",
+    "Uniform",
+    "check_panel",
     "distill",
     "distillation_step",
     "live_distillation_step",

@@ -1,6 +1,8 @@
-"""What a recipe says about distillation."""
+"""What a distillation needs to know."""
 
-from pydantic import Field, PositiveInt
+from typing import Annotated
+
+from pydantic import Field, model_validator
 
 from compression.distill.losses import AnyLoss, CrossEntropy, Kd
 from compression.distill.teachers import AnyCombination, Uniform
@@ -9,15 +11,21 @@ from compression.types import Frozen
 
 
 class DistillConfig(Frozen):
-    """How the student learns from the panel."""
+    """How students learn from the panel."""
 
     train: TrainConfig
-    """Schedule; the control arm has the same."""
+    """The schedule."""
     teachers: AnyCombination = Uniform()
-    """How much each teacher counts, sample by sample."""
-    losses: tuple[AnyLoss, ...] = Field(default=(CrossEntropy(weight=0.5), Kd(weight=0.5)), min_length=1)
-    """Terms of the sum that is minimised."""
-    views: PositiveInt = 5
-    """Augmented views whose teacher outputs are stored; epoch e uses view e modulo this."""
+    """How much each teacher counts."""
+    losses: Annotated[tuple[AnyLoss, ...], Field(min_length=1)] = (CrossEntropy(), Kd())
+    """Terms of the training loss, each with its weight."""
+    views: Annotated[int, Field(gt=0, le=1000)] = 8
+    """Augmented views for which teacher outputs are stored; epochs take them in turn."""
     control: bool = True
-    """Also train the same student without teachers, so that the report can say what they were worth."""
+    """Also train the same student on labels alone, to show what the teachers are worth."""
+
+    @model_validator(mode="after")
+    def _some_weight(self) -> "DistillConfig":
+        if sum(loss.weight for loss in self.losses) <= 0:
+            raise ValueError("losses have weights that sum to 0, expected more. Raise one of them.")
+        return self

@@ -1,34 +1,33 @@
-"""The distillation step, with stored or live teachers, and the control arm without."""
+"""Training steps with and without teachers, and the distillation of one student.
+
+Legend: K teachers, B batch, C classes.
+"""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from compression.augment import AnyAugment
-from compression.data import Dataset
+from compression.data.dataset import Dataset
 from compression.distill.config import DistillConfig
-from compression.distill.losses import AnyLoss, CrossEntropy
+from compression.distill.losses import AnyLoss
 from compression.distill.teachers import AnyCombination
-from compression.features import frozen
-from compression.train import History, StepFn, fit
+from compression.distill.types import TeacherLogits
+from compression.errors import CompressionError, ShapeError
+from compression.train import Hardware, History, Row, SetTraining, StepFn, fit
 from compression.types import Batch, Outputs, TeacherOutputs
-
-if TYPE_CHECKING:
-    from compression.teacher_outputs import StoredOutputs
 
 
 def plain_step(label_smoothing: float = 0.0) -> StepFn:
-    """A step that learns from labels alone."""
+    """Return a step that learns the labels alone; its one term is ``cross_entropy``, in nats."""
 
     def step(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        logits = model(batch.images)
         return {
-            "cross_entropy": F.cross_entropy(
-                model(batch.images), batch.labels, label_smoothing=label_smoothing
-            )
+            "cross_entropy": F.cross_entropy(logits.float(), batch.labels, label_smoothing=label_smoothing)
         }
 
     return step
@@ -37,77 +36,78 @@ def plain_step(label_smoothing: float = 0.0) -> StepFn:
 def distillation_step(
     losses: Sequence[AnyLoss],
     combination: AnyCombination,
-    stored: Sequence["StoredOutputs"],
+    stored: Sequence[TeacherLogits],
     live: Sequence[nn.Module] = (),
 ) -> StepFn:
-    """A step that learns from the stored outputs of a panel, and from the ``live`` teachers that it runs itself."""
+    """Return a step that learns from stored teacher outputs, and from ``live`` teachers run on each batch.
 
-    def logits_of(batch: Batch) -> Tensor:
-        kept = [each.logits(batch.ids, batch.view).to(batch.images.device) for each in stored]
-        return torch.stack([*kept, *(_live_logits(teacher, batch) for teacher in live)])
+    Stored ones come first among the K teachers. Live ones are put into inference mode, lose their gradients,
+    and move to the device of the batch. Terms are named by the kind of loss; the second ``kd`` is ``kd_2``.
 
-    return _step(losses, combination, logits_of)
+    Raises:
+        CompressionError: there are no losses or no teachers.
+    """
+    if not losses or not (stored or live):
+        raise CompressionError(
+            f"Distillation has {len(losses)} losses and {len(stored) + len(live)} teachers, expected at "
+            "least one of each. Use plain_step to learn from labels alone."
+        )
+    for teacher in live:
+        teacher.eval().requires_grad_(False)
+    combine = combination.build()
+    terms = [(name, loss.weight, loss.build()) for name, loss in zip(_names(losses), losses, strict=True)]
+
+    def step(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        logits = [each.logits(batch.ids, batch.view).to(batch.images.device) for each in stored]
+        with torch.no_grad():
+            logits += [_ready(teacher, batch.images)(batch.images).float() for teacher in live]
+        panel = torch.stack(logits)
+        teachers = TeacherOutputs(logits=panel, weights=combine(panel, batch.labels))
+        student = Outputs(logits=model(batch.images))
+        return {name: weight * loss(student, teachers, batch.labels) for name, weight, loss in terms}
+
+    return step
 
 
 def live_distillation_step(
     losses: Sequence[AnyLoss], combination: AnyCombination, teachers: Sequence[nn.Module]
 ) -> StepFn:
-    """A step that runs every teacher on the batch: for augmentation that cannot be stored, and to compare costs."""
+    """Return :func:`distillation_step` with live teachers alone."""
     return distillation_step(losses, combination, (), teachers)
-
-
-def _live_logits(teacher: nn.Module, batch: Batch) -> Tensor:
-    with frozen(teacher), torch.no_grad():
-        return teacher(batch.images).float()
-
-
-def _step(
-    losses: Sequence[AnyLoss], combination: AnyCombination, logits_of: Callable[[Batch], Tensor]
-) -> StepFn:
-    built = [(name, loss.weight, loss.build()) for name, loss in zip(term_names(losses), losses, strict=True)]
-    combine = combination.build()
-
-    def step(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-        logits = logits_of(batch)
-        teachers = TeacherOutputs(logits=logits, weights=combine(logits, batch.labels))
-        student = Outputs(logits=model(batch.images))
-        return {name: weight * loss(student, teachers, batch.labels) for name, weight, loss in built}
-
-    return step
-
-
-def term_names(losses: Sequence[AnyLoss]) -> list[str]:
-    """A name per loss: its kind, numbered where one kind is used twice."""
-    names: list[str] = []
-    for loss in losses:
-        repeats = sum(name == loss.kind or name.startswith(f"{loss.kind}_") for name in names)
-        names.append(f"{loss.kind}_{repeats + 1}" if repeats else loss.kind)
-    return names
 
 
 def distill(
     student: nn.Module,
-    panel: Sequence["StoredOutputs"],
+    panel: Sequence[TeacherLogits],
     dataset: Dataset,
     config: DistillConfig,
     *,
     seed: int,
     augment: AnyAugment,
+    hardware: Hardware | None = None,
     checkpoint_dir: Path | None = None,
-    on_epoch: Callable[[dict[str, float]], None] | None = None,
+    on_epoch: Callable[[Row], None] | None = None,
     on_step: Callable[[int, int], None] | None = None,
+    set_training: SetTraining = nn.Module.train,
 ) -> History:
-    """Train ``student`` in place on the panel's stored outputs; an empty panel is the control arm, labels alone.
+    """Return the learning curve of ``student``, trained in place on what the panel said.
 
-    Both arms see the same views in the same order and have the same schedule.
+    With an empty panel it is the control arm: same student, schedule and views, cross entropy alone. Views
+    come from the panel's own seed, so that students of several seeds share one set of stored outputs. The
+    other arguments are those of :func:`compression.train.fit`.
+
+    Raises:
+        ShapeError: a teacher has other classes than the data, or the student another number of them.
+        CompressionError: outputs were stored under another augmentation or for fewer views, or training
+            diverged.
     """
-    if panel:
-        step = distillation_step(config.losses, config.teachers, panel)
-    else:
-        smoothing = next(
-            (loss.label_smoothing for loss in config.losses if isinstance(loss, CrossEntropy)), 0.0
-        )
-        step = plain_step(smoothing)
+    check_panel(panel, dataset, config, augment)
+    _check_student(student, dataset)
+    step = (
+        distillation_step(config.losses, config.teachers, panel)
+        if panel
+        else plain_step(config.train.label_smoothing)
+    )
     return fit(
         student,
         step,
@@ -116,7 +116,75 @@ def distill(
         seed=seed,
         augment=augment,
         views=config.views,
+        augment_seed=panel[0].spec.seed if panel else seed,
+        hardware=hardware,
         checkpoint_dir=checkpoint_dir,
         on_epoch=on_epoch,
         on_step=on_step,
+        set_training=set_training,
     )
+
+
+def check_panel(
+    panel: Sequence[TeacherLogits], dataset: Dataset, config: DistillConfig, augment: AnyAugment
+) -> None:
+    """Refuse stored outputs that do not belong to the views and classes the student will see.
+
+    Raises:
+        ShapeError: other classes, or the same in another order.
+        CompressionError: other augmentation, other seeds, or too few views.
+    """
+    for number, teacher in enumerate(panel):
+        if teacher.class_names != dataset.class_names:
+            raise ShapeError(
+                f"Teacher {number} of the panel has {len(teacher.class_names)} classes "
+                f"({', '.join(teacher.class_names[:5])}, ...), expected the {len(dataset.class_names)} of "
+                f"data set '{dataset.name}' ({', '.join(dataset.class_names[:5])}, ...). "
+                "Use a teacher of the same classes."
+            )
+        if teacher.spec.augment != augment or teacher.spec.seed != panel[0].spec.seed:
+            raise CompressionError(
+                f"Outputs of teacher {number} of the panel have views of {teacher.spec.augment!r} with seed "
+                f"{teacher.spec.seed}, expected {augment!r} with seed {panel[0].spec.seed}. Store them again."
+            )
+        if teacher.spec.views < config.views:
+            raise CompressionError(
+                f"Outputs of teacher {number} of the panel have {teacher.spec.views} views, expected "
+                f"{config.views}. Store more, or lower distill.views."
+            )
+
+
+def _check_student(student: nn.Module, dataset: Dataset) -> None:
+    """Run one sample through the student, without touching its state."""
+    modes = [(module, module.training) for module in student.modules()]
+    sample = torch.zeros(1, *dataset.input_shape)
+    parameter = next(student.parameters(), sample)
+    try:
+        student.eval()
+        with torch.no_grad():
+            found = list(student(sample.to(parameter.device)).shape)
+    finally:
+        for module, training in modes:
+            module.training = training
+    if found != [1, dataset.num_classes]:
+        raise ShapeError(
+            f"Student '{type(student).__name__}' has logits of shape {found} for one image, expected "
+            f"[1, {dataset.num_classes}], the classes of data set '{dataset.name}'. "
+            "Build it with that many classes."
+        )
+
+
+def _names(losses: Sequence[AnyLoss]) -> list[str]:
+    """Return kinds, numbered from the second of a kind on: ``kd``, ``kd_2``."""
+    names: list[str] = []
+    for number, loss in enumerate(losses):
+        before = sum(other.kind == loss.kind for other in losses[:number])
+        names.append(loss.kind if before == 0 else f"{loss.kind}_{before + 1}")
+    return names
+
+
+def _ready(teacher: nn.Module, images: Tensor) -> nn.Module:
+    parameter = next(teacher.parameters(), None)
+    if parameter is not None and parameter.device != images.device:
+        teacher.to(images.device)
+    return teacher.eval() if teacher.training else teacher

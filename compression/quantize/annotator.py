@@ -28,7 +28,9 @@ from compression.quantize.rounding import SymmetricFakeQuantize
 
 _ATEN = torch.ops.aten
 CONVOLUTIONS = frozenset({_ATEN.conv1d.default, _ATEN.conv2d.default})
-RELUS = frozenset({_ATEN.relu.default, _ATEN.relu_.default})
+RELUS = frozenset(
+    {_ATEN.relu.default, _ATEN.relu_.default, _ATEN.hardtanh.default, _ATEN.hardtanh_.default}
+)
 LINEARS = frozenset({_ATEN.linear.default})
 ADDITIONS = frozenset({_ATEN.add.Tensor, _ATEN.add_.Tensor})
 MEANS = frozenset({_ATEN.adaptive_avg_pool2d.default, _ATEN.avg_pool2d.default, _ATEN.mean.dim})

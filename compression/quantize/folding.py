@@ -62,25 +62,22 @@ def show_batch_norms(graph: GraphModule) -> list[str]:
 def fold_batch_norms(graph: GraphModule) -> None:
     """Fold, in place, every batch norm whose input only it reads into the layer that makes this input."""
     for norm, layer in list(_foldable(graph)):
-        arguments: tuple[Any, ...] = norm.args
+        arguments: list[Any] = list(norm.args)
         weight, bias, mean, var = (_value(graph, argument) for argument in arguments[1:5])
         eps = arguments[7]
         if mean is None or var is None:
             continue
         factor = torch.rsqrt(var + eps) * (1.0 if weight is None else weight)
-        layer_arguments: tuple[Any, ...] = layer.args
-        old_bias = _value(graph, layer_arguments[2]) if len(layer_arguments) > 2 else None
+        inner: list[Any] = list(layer.args)
+        old_bias = _value(graph, inner[2]) if len(inner) > 2 else None
         shift = (0.0 if old_bias is None else old_bias) - mean
         new_bias = shift * factor + (0.0 if bias is None else bias)
         with graph.graph.inserting_before(layer):
-            folded_weight = _scaled_weight(graph, layer_arguments[1], factor, layer.name)
+            folded_weight = _scaled_weight(graph, inner[1], factor, layer.name)
             folded_bias = _parameter(graph, f"{layer.name}_folded_bias", new_bias)
-        layer.args = (layer_arguments[0], folded_weight, folded_bias, *layer_arguments[3:])
+        layer.args = (inner[0], folded_weight, folded_bias, *inner[3:])
         norm.replace_all_uses_with(layer)
         graph.graph.erase_node(norm)
-    for node in list(graph.graph.nodes):  # the batch counters, which nothing reads any more
-        if node.target is _ATEN.add_.Tensor and node.args[0].op == "get_attr" and not node.users:
-            graph.graph.erase_node(node)
     graph.graph.eliminate_dead_code()
     graph.delete_all_unused_submodules()
     graph.recompile()

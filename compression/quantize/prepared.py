@@ -24,6 +24,11 @@ CALIBRATION_BATCH = 64
 _DROPOUTS = frozenset({torch.ops.aten.dropout.default, torch.ops.aten.dropout_.default})
 
 
+def _mode_again(module: nn.Module, _keys: object) -> None:
+    """After loading a state the freeze may be another one."""
+    module.train(module.training)
+
+
 class FakeQuantized(nn.Module):
     """A model whose weights and activations are rounded to INT8 in the forward pass, still trainable.
 
@@ -40,7 +45,7 @@ class FakeQuantized(nn.Module):
         super().__init__()
         self.body = graph
         self.register_buffer("frozen", torch.zeros((), dtype=torch.uint8))
-        self.register_load_state_dict_post_hook(lambda module, _keys: module.train(module.training))
+        self.register_load_state_dict_post_hook(_mode_again)
         self.train(False)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -105,7 +110,8 @@ def prepare_qat(
     Raises:
         CompressionError: the model can't be captured as a graph, or has nothing to quantize.
     """
-    source = copy.deepcopy(model).train()
+    # Eval mode: what else depends on the mode (stochastic depth) would be captured with its randomness.
+    source = copy.deepcopy(model).eval()
     weight = next(source.parameters())
     # A plain example: channels-last strides would be baked into the graph as assumptions.
     example = torch.zeros(2, *input_shape, device=weight.device)

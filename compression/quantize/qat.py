@@ -168,7 +168,8 @@ def quantize(
     Raises:
         CompressionError: see ``qat``.
     """
-    step = distillation_step(distillation.losses, distillation.teachers, panel) if panel else plain_step()
+    live = [copy.deepcopy(student).eval()]
+    step = distillation_step(distillation.losses, distillation.teachers, panel, live)
     prepared, history = qat(
         student,
         dataset,

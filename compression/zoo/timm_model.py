@@ -7,6 +7,7 @@ from torch import nn
 
 from compression.errors import CheckpointError
 from compression.types import Frozen
+from compression.zoo.trial_forward import check_forward, unfit
 
 
 class TimmModel(Frozen):
@@ -33,13 +34,11 @@ class TimmModel(Frozen):
             )
         options = {"pretrained": False, "num_classes": num_classes, "in_chans": channels}
         try:
-            return timm.create_model(self.name, **options, img_size=(height, width))
+            model = timm.create_model(self.name, **options, img_size=(height, width))
         except TypeError as cause:  # convolutional families take no image size
             if "img_size" not in str(cause):
                 raise
-        except (AssertionError, ValueError) as cause:
-            raise CheckpointError(
-                f"Model '{self.name}' has no form for {channels}x{height}x{width} images ({cause}), expected "
-                "a size it supports. Choose another model, or resize the images."
-            ) from cause
-        return timm.create_model(self.name, **options)
+            model = timm.create_model(self.name, **options)
+        except (AssertionError, ValueError, RuntimeError) as cause:
+            raise unfit(self.name, input_shape, cause) from cause
+        return check_forward(model, self.name, num_classes=num_classes, input_shape=input_shape)

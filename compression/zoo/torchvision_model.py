@@ -7,6 +7,7 @@ from torch import nn
 
 from compression.errors import CheckpointError
 from compression.types import Frozen
+from compression.zoo.trial_forward import check_forward, unfit
 
 
 class TorchvisionModel(Frozen):
@@ -20,7 +21,8 @@ class TorchvisionModel(Frozen):
         """A randomly initialised network for images [B,C,H,W]; logits [B,num_classes].
 
         Raises:
-            CheckpointError: torchvision knows no classifier of this name.
+            CheckpointError: torchvision knows no classifier of this name, or cannot build it for this image
+                size.
         """
         from torchvision import models
 
@@ -38,17 +40,17 @@ class TorchvisionModel(Frozen):
             options = {"aux_logits": False, "init_weights": True}
         elif self.name.startswith(("vit_", "maxvit")):
             if height != width:
-                raise CheckpointError(
-                    f"Model '{self.name}' has {height}x{width} images, expected square ones. "
-                    "Crop or resize the images."
-                )
+                raise unfit(self.name, input_shape, ValueError("only square ones"))
             options = (
                 {"image_size": height} if self.name.startswith("vit_") else {"input_size": (height, width)}
             )
-        model = models.get_model(self.name, weights=None, num_classes=num_classes, **options)
+        try:
+            model = models.get_model(self.name, weights=None, num_classes=num_classes, **options)
+        except (RuntimeError, AssertionError, ValueError) as cause:
+            raise unfit(self.name, input_shape, cause) from cause
         if channels != 3:
             _fit_first_convolution(model, channels)
-        return model
+        return check_forward(model, self.name, num_classes=num_classes, input_shape=input_shape)
 
 
 def _fit_first_convolution(model: nn.Module, channels: int) -> None:

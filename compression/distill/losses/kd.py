@@ -1,56 +1,74 @@
-"""Knowledge distillation by softened outputs."""
+"""Knowledge distillation: the student's softened distribution follows that of its teachers.
+
+Legend: K teachers, B batch, C classes.
+"""
 
 from functools import partial
 from typing import Annotated, ClassVar, Literal
 
+import torch
 from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
 from compression.card import MethodCard
-from compression.distill.losses.base import LossConfig, LossFn
+from compression.distill.types import LossFn
 from compression.errors import ShapeError
-from compression.types import Outputs, TeacherOutputs
+from compression.types import Frozen, Outputs, TeacherOutputs
 
 
 def kd(student: Outputs, teachers: TeacherOutputs, labels: Tensor, *, temperature: float) -> Tensor:
-    """KL(teachers || student) of softened distributions, times temperature squared; batch mean, nats.
+    """Return temperature^2 * KL(teachers || student) of softened distributions, batch mean, in nats.
 
-    Hinton et al. 2015 (arXiv:1503.02531), section 2. The target is the weighted mixture of the teachers' softened
-    distributions [B,C]; with one teacher it is the classic loss, whose gradient is (T/B)(p_student - p_teacher).
-    Computed in float32 whatever the precision outside. No gradient reaches the teachers; labels are not looked at.
+    Hinton, Vinyals and Dean 2015 (arXiv:1503.02531), section 2. With several teachers the target is the
+    weighted mixture of their softened distributions, weights taken per sample. Labels are not looked at, no
+    gradient reaches the teachers, and half precision is widened to float32 first.
+
+    Args:
+        student: logits [B,C].
+        teachers: logits [K,B,C], weights [K,B].
+        labels: unused.
+        temperature: above 1 flattens both sides; the square keeps gradients comparable.
 
     Raises:
-        ShapeError: teachers and student have different numbers of classes.
+        ShapeError: the teachers have another number of classes than the student.
     """
-    if student.logits.shape[-1] != teachers.logits.shape[-1]:
+    del labels
+    logits = _wide(student.logits)
+    if teachers.logits.shape[1:] != logits.shape:
         raise ShapeError(
-            f"The teachers have {teachers.logits.shape[-1]} classes, the student has {student.logits.shape[-1]}. "
-            "Distil from teachers of the same classes, or remap the head."
+            f"Teacher logits have shape {list(teachers.logits.shape)}, expected [teachers, batch, classes] "
+            f"with {list(logits.shape)} as the student's. Use teachers of the same classes."
         )
-    target = teachers.probs(temperature).detach()
-    log_student = F.log_softmax(student.logits.float() / temperature, dim=-1)
-    entropy = target.clamp_min(1e-30).log().mul(target).sum(dim=-1)
-    return (entropy - (target * log_student).sum(dim=-1)).mean() * temperature**2
+    wide = TeacherOutputs(logits=_wide(teachers.logits.detach()), weights=_wide(teachers.weights.detach()))
+    log_student = F.log_softmax(logits / temperature, dim=-1)
+    return F.kl_div(log_student, wide.probs(temperature), reduction="batchmean") * temperature**2
 
 
-class Kd(LossConfig):
-    """Agree with the teachers' softened outputs."""
+def _wide(values: Tensor) -> Tensor:
+    return values if values.dtype == torch.float64 else values.float()
+
+
+class Kd(Frozen):
+    """Divergence from the teachers' softened distribution."""
 
     kind: Literal["kd"] = "kd"
-    temperature: Annotated[float, Field(gt=0, le=1000)] = 2.0
-    """Softening of both sides; higher looks more at the order of the wrong classes."""
+    weight: Annotated[float, Field(ge=0)] = 0.5
+    """Factor of this term in the sum."""
+    temperature: Annotated[float, Field(gt=0, le=100)] = 2.0
+    """Softening of both sides; 1 compares the plain distributions."""
 
     card: ClassVar[MethodCard] = MethodCard(
-        name="Knowledge distillation (KD)",
+        name="Knowledge distillation",
         paper="Hinton, Vinyals, Dean 2015, arXiv:1503.02531",
-        summary="Kullback-Leibler divergence from the teachers' softened distribution to the student's, times T squared.",
-        needs="Teachers' logits on the same classes, live or stored.",
-        cost="With stored outputs about that of plain training; with live teachers one forward of each per step.",
-        evidence="Fashion-MNIST, small residual student: T=2 and weight 0.5 gained about 0.6 points over training without "
-        "a teacher, T=4 and weight 0.9 lost accuracy and tripled the calibration error: temperature and weight decide.",
+        summary="Pulls the student's softened class distribution towards the mixture of its teachers'; "
+        "temperature squared times the Kullback-Leibler divergence.",
+        needs="Teacher logits on the same views; no labels.",
+        cost="With stored logits 1.02-1.03x the step without teachers; a live teacher more than doubles it.",
+        evidence="Measured on Fashion-MNIST: temperature 2, weight 0.5 adds 0.6 points (86.4 to 87.0 %); "
+        "temperature 4, weight 0.9 loses up to 1 point and triples the calibration error.",
     )
 
     def build(self) -> LossFn:
-        """The loss as a function of tensors."""
+        """Return the loss, without its weight."""
         return partial(kd, temperature=self.temperature)

@@ -1,4 +1,7 @@
-"""For each sample, the teacher that knows it best."""
+"""On each sample only the teacher that is surest of it counts.
+
+Legend: K teachers, B batch, C classes.
+"""
 
 from functools import partial
 from typing import ClassVar, Literal
@@ -6,45 +9,50 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from compression.card import MethodCard
-from compression.distill.teachers.base import CombineFn
+from compression.distill.types import CombineFn
 from compression.types import Frozen
 
-TIE = 1e-6
-"""Confidences closer than this share the sample."""
 
+def confidence(logits: Tensor, labels: Tensor, *, by_label: bool) -> Tensor:
+    """Return weights [K,B]: all on the most confident teacher of a sample, shared equally among exact ties.
 
-def confidence(logits: Tensor, labels: Tensor, *, use_labels: bool) -> Tensor:
-    """Weights [K,B]: all on the most confident teacher of each sample, shared equally among ties.
+    After the data partition of Roth et al. 2023, "Fantastic Gains and Where to Find Them" (arXiv:2310.17653),
+    which picks per sample between one teacher and the frozen initial student. Here the choice is among K
+    teachers, and the initial student takes no part.
 
-    Confidence is the probability of the true label, or without labels the largest probability. After Roth et al.
-    2023, "Fantastic Gains and Where to Find Them" (arXiv:2310.17653): samples are partitioned among sources.
+    Args:
+        logits: [K,B,C].
+        labels: int64 [B]; used when ``by_label``.
+        by_label: confidence is the probability of the label; otherwise of the teacher's own first choice.
     """
-    probs = logits.float().softmax(dim=-1)
-    if use_labels:
-        index = labels.view(1, -1, 1).expand(len(probs), -1, 1)
-        score = probs.gather(2, index).squeeze(2)
+    log_probs = logits.detach().float().log_softmax(dim=-1)
+    if by_label:
+        index = labels.view(1, -1, 1).expand(len(log_probs), -1, 1)
+        score = log_probs.gather(-1, index).squeeze(-1)
     else:
-        score = probs.amax(dim=-1)
-    best = (score >= score.amax(dim=0, keepdim=True) - TIE).float()
-    return best / best.sum(dim=0, keepdim=True)
+        score = log_probs.amax(dim=-1)
+    surest = (score == score.amax(dim=0, keepdim=True)).to(log_probs.dtype)
+    return surest / surest.sum(dim=0, keepdim=True)
 
 
 class Confidence(Frozen):
-    """Partition the samples among the teachers by confidence."""
+    """The most confident teacher of each sample."""
 
     kind: Literal["confidence"] = "confidence"
-    use_labels: bool = True
-    """Rank by the probability of the true label; off: by each teacher's own largest probability."""
+    labels: bool = True
+    """Confidence in the true label; off, in the teacher's own first choice (works without labels)."""
 
     card: ClassVar[MethodCard] = MethodCard(
         name="Confidence partition",
-        paper="Roth et al. 2023, arXiv:2310.17653",
-        summary="Each sample is taught by the teacher most confident in it.",
-        needs="Teachers with comparable calibration; labels unless use_labels is off.",
-        cost="None.",
-        evidence="Not measured here yet.",
+        paper="Roth et al. 2023, Fantastic Gains and Where to Find Them, arXiv:2310.17653",
+        summary="Splits the samples among the teachers: each is taught by whoever is surest of it, so that a "
+        "weak teacher speaks only where it knows better.",
+        needs="At least two teachers of comparable calibration; labels unless `labels: false`.",
+        cost="One softmax over stored logits per step.",
+        evidence="The paper reports the best transfer of all its variants, and unlabelled about as good as "
+        "labelled; not measured on our data.",
     )
 
     def build(self) -> CombineFn:
-        """The combination as a function of tensors."""
-        return partial(confidence, use_labels=self.use_labels)
+        """Return the function that weighs teachers."""
+        return partial(confidence, by_label=self.labels)

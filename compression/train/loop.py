@@ -1,0 +1,345 @@
+"""The training loop: one cycle of AdamW on any step function, resumable at every step.
+
+With one device and one thread, a training that was killed and started again ends with the same bits as one
+that was not.
+"""
+
+import hashlib
+import json
+import logging
+import math
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from compression.augment import AnyAugment
+from compression.data.dataset import Dataset
+from compression.errors import CompressionError
+from compression.metrics import predict
+from compression.train.batches import Batches
+from compression.train.config import Hardware, TrainConfig
+from compression.train.divergence import divergence
+from compression.train.step_checkpoint import load_state, save_state
+from compression.types import Batch
+
+logger = logging.getLogger(__name__)
+
+StepFn = Callable[[nn.Module, Batch], dict[str, Tensor]]
+"""(model, batch) -> weighted loss terms by name, each a scalar; the loop adds them up."""
+
+SetTraining = Callable[[nn.Module, bool], object]
+"""``(model, mode)`` switches between training (True) and inference."""
+
+Row = dict[str, Any]
+"""One epoch of a learning curve."""
+
+
+@dataclass
+class History:
+    """The learning curve of one training."""
+
+    rows: list[Row] = field(default_factory=list)
+    """One per epoch: epoch, loss, each loss term, validation_accuracy, validation_nll, seconds,
+    learning_rate."""
+
+
+def fit(
+    model: nn.Module,
+    step: StepFn,
+    dataset: Dataset,
+    config: TrainConfig,
+    *,
+    seed: int,
+    augment: AnyAugment,
+    views: int | None = None,
+    augment_seed: int | None = None,
+    hardware: Hardware | None = None,
+    checkpoint_dir: Path | None = None,
+    on_epoch: Callable[[Row], None] | None = None,
+    on_step: Callable[[int, int], None] | None = None,
+    set_training: SetTraining = nn.Module.train,
+    extra_parameters: Iterable[nn.Parameter] = (),
+) -> History:
+    """Return the learning curve of ``model``, which is trained in place and left in inference mode.
+
+    AdamW (Loshchilov and Hutter 2017, arXiv:1711.05101) under a one-cycle schedule (Smith and Topin 2017,
+    arXiv:1708.07120); momentum runs against the learning rate. The random state of the process is given back.
+
+    Args:
+        model: gets normalised images [B,C,H,W] in channels_last layout.
+        step: returns the weighted loss terms of a batch; image ids are on the CPU, the rest on the device.
+        dataset: its train split is learnt from, its validation split measured once an epoch.
+        config: the schedule.
+        seed: of the order of samples and of dropout.
+        augment: changes the raw images; view ``epoch % views``, or ``epoch`` when ``views`` is None.
+        views: number of views that epochs take in turn.
+        augment_seed: of the views; ``seed`` when None.
+        hardware: device; a GPU when there is one, by default. The model ends on the device it came from.
+        checkpoint_dir: the newest two training states are kept here and a later call goes on from them; the
+            caller removes the folder.
+        on_epoch: gets each new row of the history.
+        on_step: gets (steps done, steps in all) after each step, and before that step's state is saved.
+        set_training: ``(model, mode)`` switches between training and inference.
+        extra_parameters: trained beside the model's own, say a projector of a loss.
+
+    Raises:
+        CompressionError: a loss term is not finite, or the checkpoints belong to another run.
+        ArtifactError: the checkpoint folder cannot be written.
+    """
+    home = _device_of(model)
+    fabric = (hardware or Hardware()).fabric(config.precision)
+    batches = Batches(
+        split=dataset.train,
+        preprocessing=dataset.preprocessing,
+        augment=augment,
+        seed=seed,
+        augment_seed=seed if augment_seed is None else augment_seed,
+        views=views,
+        batch_size=config.batch_size,
+        max_steps=config.max_steps_per_epoch,
+        device=fabric.device,
+        rank=fabric.global_rank,
+        world_size=fabric.world_size,
+    )
+    cuda = [fabric.device] if fabric.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=cuda):
+        torch.manual_seed(seed + fabric.global_rank)
+        training = _Training(
+            model, step, dataset, config, batches, fabric, list(extra_parameters), set_training
+        )
+        try:
+            history = training.run(checkpoint_dir, on_epoch=on_epoch, on_step=on_step)
+        finally:
+            model.zero_grad(set_to_none=True)
+            model.to(home)
+    set_training(model, False)
+    return history
+
+
+class _Training:
+    """The moving parts of one training, and how they are saved and restored."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        step: StepFn,
+        dataset: Dataset,
+        config: TrainConfig,
+        batches: Batches,
+        fabric: Any,
+        extra_parameters: list[nn.Parameter],
+        set_training: SetTraining,
+    ) -> None:
+        self.model = fabric.to_device(model.to(memory_format=torch.channels_last))  # type: ignore[call-overload]
+        self.step, self.dataset, self.config, self.batches, self.fabric = (
+            step,
+            dataset,
+            config,
+            batches,
+            fabric,
+        )
+        self.extra_parameters, self.set_training = extra_parameters, set_training
+        self.total_steps = config.epochs * batches.steps_per_epoch
+        parameters = [p for p in (*model.parameters(), *extra_parameters) if p.requires_grad]
+        if not parameters:
+            raise CompressionError(
+                f"Model '{type(model).__name__}' has 0 trainable parameters, expected at least 1. "
+                "Call model.requires_grad_(True) before training."
+            )
+        self.optimizer = torch.optim.AdamW(
+            [
+                {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
+                {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+            ],
+            lr=config.learning_rate,
+            fused=fabric.device.type in ("cpu", "cuda"),
+        )
+        self.scheduler = one_cycle(self.optimizer, config, self.total_steps)
+        self.wrapped, self.stepper = fabric.setup(model, self.optimizer)
+        self.epoch = self.step_in_epoch = 0
+        self.sums: dict[str, float] = {}
+        self.elapsed = 0.0
+        self.history = History()
+
+    def run(
+        self,
+        checkpoint_dir: Path | None,
+        *,
+        on_epoch: Callable[[Row], None] | None,
+        on_step: Callable[[int, int], None] | None,
+    ) -> History:
+        """Train to the end, from the newest checkpoint when there is one."""
+        per_epoch, every = self.batches.steps_per_epoch, self.config.checkpoint_every_steps
+        if checkpoint_dir is not None:
+            self.restore(checkpoint_dir)
+        while self.epoch < self.config.epochs:
+            started = time.perf_counter() - self.elapsed
+            self.set_training(self.model, True)
+            for batch in self.batches.epoch(self.epoch, self.step_in_epoch):
+                self.learn(batch)
+                self.step_in_epoch = batch.step + 1
+                self.elapsed = time.perf_counter() - started
+                done = self.epoch * per_epoch + self.step_in_epoch
+                if on_step is not None:
+                    on_step(done, self.total_steps)
+                if checkpoint_dir is not None and (done % every == 0 or done == self.total_steps):
+                    self.save(checkpoint_dir, done)
+            row = self.finish_epoch(started)
+            if on_epoch is not None:
+                on_epoch(row)
+        return self.history
+
+    def learn(self, batch: Batch) -> None:
+        """One optimiser step."""
+        terms = self.step(self.wrapped, batch)
+        if not terms:
+            raise CompressionError(
+                f"Training step of '{type(self.model).__name__}' has 0 loss terms, expected at least 1. "
+                "Return a dict of named scalars."
+            )
+        scalars = list(terms.values())
+        values = torch.stack([term.detach().float() for term in scalars]).tolist()
+        if not all(map(math.isfinite, values)):
+            raise divergence(
+                self.model, batch, dict(zip(terms, values, strict=True)), set_training=self.set_training
+            )
+        loss = scalars[0]
+        for term in scalars[1:]:
+            loss = loss + term
+        self.optimizer.zero_grad(set_to_none=True)
+        self.fabric.backward(loss)
+        self.stepper.step()
+        self.scheduler.step()
+        for name, value in zip(terms, values, strict=True):
+            self.sums[name] = self.sums.get(name, 0.0) + value
+
+    def finish_epoch(self, started: float) -> Row:
+        """Measure the validation split, add the epoch's row, and move to the next epoch."""
+        accuracy, nll = self.validate()
+        steps = self.batches.steps_per_epoch
+        means = torch.tensor([total / steps for total in self.sums.values()], dtype=torch.float64)
+        if self.batches.world_size > 1:
+            means = self.fabric.all_reduce(means.to(self.fabric.device), reduce_op="mean").cpu()
+        row: Row = {
+            "epoch": self.epoch,
+            "loss": float(means.sum()),
+            **dict(zip(self.sums, means.tolist(), strict=True)),
+            "validation_accuracy": accuracy,
+            "validation_nll": nll,
+            "seconds": time.perf_counter() - started,
+            "learning_rate": float(self.optimizer.param_groups[0]["lr"]),
+        }
+        self.history.rows.append(row)
+        logger.debug("Epoch %d: %s", self.epoch, row)
+        self.epoch, self.step_in_epoch, self.sums, self.elapsed = self.epoch + 1, 0, {}, 0.0
+        return row
+
+    def validate(self) -> tuple[float, float]:
+        """Return accuracy (0..1) and nll (nats) of the un-augmented validation split."""
+        device = self.fabric.device
+
+        def logits_of(images: Tensor) -> Tensor:
+            with self.fabric.autocast():
+                return self.model(images.to(device).contiguous(memory_format=torch.channels_last))
+
+        self.set_training(self.model, False)
+        labels = self.dataset.validation.labels
+        logits = predict(logits_of, self.dataset.validation, self.dataset.preprocessing)
+        nll = float(F.cross_entropy(logits.double(), labels))
+        if not math.isfinite(nll):
+            raise CompressionError(
+                f"Validation nll after epoch {self.epoch} has value {nll}, expected a finite number. "
+                "The last step made weights or batch-norm statistics non-finite: lower train.learning_rate."
+            )
+        return float((logits.argmax(dim=1) == labels).double().mean()), nll
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Changes with everything that decides the outcome, so that no run takes another one's state."""
+        shapes = {name: list(value.shape) for name, value in self.model.named_parameters()}
+        facts = {
+            "config": self.config.model_dump(mode="json", exclude={"checkpoint_every_steps"}),
+            "seed": self.batches.seed,
+            "augment": [
+                self.batches.augment.model_dump(mode="json"),
+                self.batches.augment_seed,
+                self.batches.views,
+            ],
+            "data": self.dataset.hashes,
+            "parameters": shapes,
+            "extra": [list(p.shape) for p in self.extra_parameters],
+            "world_size": self.batches.world_size,
+        }
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+    def save(self, folder: Path, done: int) -> None:
+        """Write everything that :meth:`restore` needs."""
+        if not self.fabric.is_global_zero:
+            return
+        state = {
+            "fingerprint": self.fingerprint,
+            "model": self.model.state_dict(),
+            "extra_parameters": [p.detach() for p in self.extra_parameters],
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "precision": self.fabric.strategy.precision.state_dict(),
+            "cpu_rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state(self.fabric.device) if self._on_cuda else None,
+            "epoch": self.epoch,
+            "step_in_epoch": self.step_in_epoch,
+            "sums": self.sums,
+            "elapsed": self.elapsed,
+            "rows": self.history.rows,
+        }
+        save_state(state, folder, step=done)
+
+    def restore(self, folder: Path) -> None:
+        """Go back to the newest whole state in ``folder``; nothing happens when there is none."""
+        state = load_state(folder)
+        if state is None:
+            return
+        if state["fingerprint"] != self.fingerprint:
+            raise CompressionError(
+                f"Checkpoint folder '{folder}' has the state of another run (other model, data, seed or "
+                "schedule), expected this run's. Remove the folder to start afresh."
+            )
+        self.model.load_state_dict(state["model"])
+        with torch.no_grad():
+            for parameter, saved in zip(self.extra_parameters, state["extra_parameters"], strict=True):
+                parameter.copy_(saved)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.fabric.strategy.precision.load_state_dict(state["precision"])
+        torch.set_rng_state(state["cpu_rng"])
+        if self._on_cuda and state["cuda_rng"] is not None:
+            torch.cuda.set_rng_state(state["cuda_rng"], self.fabric.device)
+        self.epoch, self.step_in_epoch = state["epoch"], state["step_in_epoch"]
+        self.sums, self.elapsed = dict(state["sums"]), state["elapsed"]
+        self.history.rows = list(state["rows"])
+        logger.info("Training goes on at epoch %d, step %d.", self.epoch, self.step_in_epoch)
+
+    @property
+    def _on_cuda(self) -> bool:
+        return self.fabric.device.type == "cuda"
+
+
+def one_cycle(
+    optimizer: torch.optim.Optimizer, config: TrainConfig, total_steps: int
+) -> torch.optim.lr_scheduler.OneCycleLR:
+    """Return the schedule, stretched where torch's own divides by zero: warm-up of one step or less."""
+    total = max(3, total_steps)
+    warmup = min(max(config.warmup_share, 2.0 / total), 1.0)
+    return torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, config.learning_rate, total_steps=total, pct_start=float(warmup)
+    )
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    return next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
