@@ -186,7 +186,7 @@ def _finish_student(recipe: Recipe, outcome: Outcome, name: str, finalist: int, 
         control = distill_student(
             name=f"{name}-control", config=config, search=outcome.search, finalist=finalist, panel={}, data=data, augment=augment, seed=seed
         )  # fmt: skip
-        outcome.controls[name] = control
+        outcome.controls[f"{name}-control"] = control
         files[f"{name}-control.float32"] = graph(f"{name}-control.float32", "float32", control)
     if recipe.quantize is not None:
         quantized = quantize_student(

@@ -3,8 +3,9 @@
 import json
 import logging
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from export.engine_trt import build_engine
 from export.onnx_graph import to_onnx
 from export.ptq import quantize_static
 from export.qdq import check_symmetric, to_u8_activations
-from export.targets import AnyTarget, TensorRtRtxTarget, TensorRtTarget
+from export.targets import TensorRtRtxTarget, TensorRtTarget
 from tasks.artifacts import file_digest
 from tasks.stage import StageOutput, StageResult, Work, stage
 from tasks.teachers import MODEL_CODE
@@ -133,8 +134,8 @@ def export_engine(
 
 
 def write_target(
-    folder: Path, target: AnyTarget, files: dict[str, Path], facts: dict[str, object]
-) -> dict[str, object]:
+    folder: Path, target: Mapping[str, Any], files: Mapping[str, Path], facts: Mapping[str, Any]
+) -> None:
     """Copy a target's files into ``folder`` with a manifest that says for which runtime each one is."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = []
@@ -146,7 +147,6 @@ def write_target(
         "onnxruntime": "ONNX Runtime, CPU",
         "tensorrt_rtx": "TensorRT-RTX, the named compute capability",
         "tensorrt": "TensorRT, exactly the version and GPU that built it",
-    }[target.kind]
-    manifest = {"target": target.model_dump(mode="json"), "runtime": runtime, "files": rows, **facts}
+    }[target["kind"]]
+    manifest = {"target": dict(target), "runtime": runtime, "files": rows, **facts}
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1, default=str))
-    return manifest
