@@ -1,5 +1,6 @@
 """Facts of this machine: where things are kept, which servers to talk to. Never part of a recipe."""
 
+import contextlib
 import os
 from functools import cache
 from pathlib import Path
@@ -63,7 +64,7 @@ def settings() -> Settings:
 
 
 def prepare_prefect() -> None:
-    """Set Prefect's own environment before it is imported: project-local home, patient ephemeral server, no telemetry."""
+    """Set Prefect's environment before it is imported: project-local home, patient temporary server, no telemetry."""
     defaults = {
         "PREFECT_HOME": str(settings().home_dir / "prefect"),
         "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
@@ -75,3 +76,5 @@ def prepare_prefect() -> None:
     }
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
+    with contextlib.suppress(OSError):  # an unwritable home gets its own error from the store
+        Path(os.environ["PREFECT_HOME"]).mkdir(parents=True, exist_ok=True)

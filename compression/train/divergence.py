@@ -48,21 +48,25 @@ def divergence(
 def _trace(
     model: nn.Module, images: Tensor, set_training: Callable[[nn.Module, bool], object]
 ) -> tuple[str | None, list[int]]:
-    """Return the first module that gave a non-finite output, and the rows of non-finite logits."""
-    seen: list[str] = []
+    """Return the first module that gives a non-finite output, and the rows of the batch in which it does.
+
+    Its rows tell more than those of the logits: batch norm has met the bad sample before and spreads it.
+    """
+    found: list[tuple[str, list[int]]] = []
 
     def note(name: str, _module: nn.Module, _inputs: object, output: object) -> None:
-        if isinstance(output, Tensor) and not seen and not bool(torch.isfinite(output).all()):
-            seen.append(name)
+        if found or not isinstance(output, Tensor) or bool(torch.isfinite(output).all()):
+            return
+        rows = (~torch.isfinite(output.flatten(1)).all(dim=1)).nonzero().flatten().tolist()
+        found.append((name, rows if len(output) == len(images) else []))
 
     set_training(model, False)
     with ExitStack() as hooks, torch.no_grad():
         for name, module in model.named_modules():
             handle = module.register_forward_hook(partial(note, name or type(model).__name__))
             hooks.callback(handle.remove)
-        logits = model(images)
-    rows = (~torch.isfinite(logits.flatten(1)).all(dim=1)).nonzero().flatten().tolist()
-    return (seen[0] if seen else None), rows
+        model(images)
+    return found[0] if found else (None, [])
 
 
 def _finite(value: float) -> bool:
