@@ -2,6 +2,7 @@
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from compression.features import frozen
@@ -21,8 +22,14 @@ def macs(model: nn.Module, input_shape: tuple[int, int, int]) -> int:
     like = next(model.parameters(), torch.empty(0))
     image = torch.zeros(1, *input_shape, dtype=like.dtype, device=like.device)
     counter = FlopCounterMode(display=False)
-    with frozen(model), torch.no_grad(), counter:
-        model(image)
+    fastpath = torch.backends.mha.get_fastpath_enabled()
+    # The counter does not see into the CPU's fused attention; spelt out as products it does.
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with frozen(model), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
+            model(image)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fastpath)
     return counter.get_total_flops() // 2
 
 

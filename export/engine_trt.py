@@ -77,9 +77,7 @@ def build_engine(
     with _BUILDING:  # one logger per process, so one build at a time
         logger = _logger(backend)
         logger.lines.clear()
-        serialised, profile = _build(
-            backend, logger, onnx_path.read_bytes(), shapes, target, compute_capability
-        )
+        serialised, profile = _build(backend, logger, onnx_path.read_bytes(), shapes, target, compute_capability)
         log = tuple(logger.lines)
     out_path.parent.mkdir(parents=True, exist_ok=True)
     temporary = out_path.with_name(f".{out_path.name}.{os.getpid()}.tmp")

@@ -50,9 +50,7 @@ class GraphEditor:
         """
         value = self.value(name)
         if value is None:
-            raise ExportError(
-                f"Tensor '{name}' has a computed value, expected a stored one. Export the graph again."
-            )
+            raise ExportError(f"Tensor '{name}' has a computed value, expected a stored one. Export the graph again.")
         return value
 
     def constant(self, value: NDArray, stem: str) -> str:

@@ -112,9 +112,7 @@ def to_onnx(
     info = check_graph(path)
     if info.opset != opset:
         path.unlink()
-        raise ExportError(
-            f"Graph '{path.name}' has opset {info.opset}, expected {opset}. Ask for opset 18 or newer."
-        )
+        raise ExportError(f"Graph '{path.name}' has opset {info.opset}, expected {opset}. Ask for opset 18 or newer.")
     return info
 
 
@@ -131,8 +129,7 @@ def check_graph(path: Path) -> GraphInfo:
         onnx.checker.check_model(proto, full_check=True)
     except Exception as error:
         raise ExportError(
-            f"Graph '{path.name}' has a defect: {_first_line(error)}, expected a valid ONNX graph."
-            " Export it again."
+            f"Graph '{path.name}' has a defect: {_first_line(error)}, expected a valid ONNX graph. Export it again."
         ) from error
     opset = next((entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx")), 0)
     data = path.read_bytes()
@@ -184,9 +181,7 @@ def save_graph(proto: "onnx.ModelProto", path: Path, *, metadata: Mapping[str, s
         onnx.helper.set_model_props(proto, dict(sorted(metadata.items())))
     size = proto.ByteSize()
     if size > MAX_BYTES:
-        raise ExportError(
-            f"Graph '{path.name}' has {size} bytes, expected at most {MAX_BYTES}. Use a smaller model."
-        )
+        raise ExportError(f"Graph '{path.name}' has {size} bytes, expected at most {MAX_BYTES}. Use a smaller model.")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

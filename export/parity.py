@@ -63,12 +63,7 @@ def compare(reference_logits: Tensor, candidate_logits: Tensor, labels: Tensor) 
         ShapeError: the three don't fit together, or are empty.
     """
     shapes = [tuple(tensor.shape) for tensor in (reference_logits, candidate_logits, labels)]
-    if (
-        reference_logits.dim() != 2
-        or shapes[0] != shapes[1]
-        or shapes[2] != shapes[0][:1]
-        or not shapes[0][0]
-    ):
+    if reference_logits.dim() != 2 or shapes[0] != shapes[1] or shapes[2] != shapes[0][:1] or not shapes[0][0]:
         raise ShapeError(
             f"Logits and labels have shapes {shapes}, expected [N, C], [N, C] and [N] with N above 0."
             " Compare the same images."

@@ -53,9 +53,7 @@ def quantize_static(
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
     if len(images) == 0:
-        raise ExportError(
-            "Calibration has 0 images, expected at least 1. Give the calibration split a share."
-        )
+        raise ExportError("Calibration has 0 images, expected at least 1. Give the calibration split a share.")
     input_name = load_graph(source).graph.input[0].name
     options: dict[str, Any] = {
         "activation_type": QuantType.QUInt8,

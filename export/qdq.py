@@ -121,9 +121,7 @@ def to_u8_activations(
     entries = {entry.key: entry.value for entry in proto.metadata_props} if metadata is None else metadata
     save_graph(proto, target, metadata={**entries, "activations": "uint8", "weights": weights})
     info = check_graph(target)
-    return U8Graph(
-        **vars(info), non_negative=counts[True], signed=counts[False], pools=pools, weights=weights
-    )
+    return U8Graph(**vars(info), non_negative=counts[True], signed=counts[False], pools=pools, weights=weights)
 
 
 def summarise(path: Path) -> QdqSummary:

@@ -127,9 +127,7 @@ def integer_share(path: Path, *, threads: int = 1) -> IntegerShare:
         graph = load_graph(optimized).graph
     constants = {tensor.name for tensor in graph.initializer}
     for node in graph.node:  # in topological order: what depends on constants only is a weight
-        if node.op_type == "Constant" or (
-            node.input and all(name in constants for name in node.input if name)
-        ):
+        if node.op_type == "Constant" or (node.input and all(name in constants for name in node.input if name)):
             constants.update(node.output)
     integer, left = 0, []
     for node in graph.node:

@@ -63,6 +63,7 @@ class TensorRtRtxTarget(_EngineTarget):
 
     kind: Literal["tensorrt_rtx"] = "tensorrt_rtx"
     name: Slug = "rtx"
+    """Folder and table name of this target; unique within a recipe."""
     compute_capabilities: Annotated[tuple[RtxComputeCapability, ...], Field(min_length=1)] = ("SM86", "SM89")
     """One engine is built for each."""
 
@@ -72,6 +73,7 @@ class TensorRtTarget(_EngineTarget):
 
     kind: Literal["tensorrt"] = "tensorrt"
     name: Slug = "tensorrt"
+    """Folder and table name of this target; unique within a recipe."""
 
 
 AnyTarget = OnnxRuntimeTarget | TensorRtRtxTarget | TensorRtTarget

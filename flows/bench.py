@@ -20,8 +20,11 @@ from tasks.settings import settings  # noqa: E402
 
 @flow(name="bench")
 def bench(
-    recipe: str = "digits", batches: list[int] = [1, 32], rounds: int = 30, threads: int = 1
-) -> list[dict[str, Any]]:  # noqa: B006
+    recipe: str = "digits",
+    batches: list[int] = [1, 32],  # noqa: B006  (Prefect's form shows it)
+    rounds: int = 30,
+    threads: int = 1,
+) -> list[dict[str, Any]]:
     """Interleaved latency of every file of a recipe's newest run.
 
     Args:
@@ -44,9 +47,7 @@ def bench(
             artifact = Artifact(kind="graph", sha256=row["output"], size_bytes=row["size_bytes"])
             models[row["name"]] = store.open(artifact) / "model.onnx"
     reference = json.loads((newest / "latency.json").read_text(encoding="utf-8"))["reference"]
-    job = BenchmarkJob(
-        models=models, reference=reference, batches=tuple(batches), rounds=rounds, threads=threads
-    )
+    job = BenchmarkJob(models=models, reference=reference, batches=tuple(batches), rounds=rounds, threads=threads)
     result = run_benchmark(job, newest / "bench")
     rows = [
         {
@@ -58,7 +59,5 @@ def bench(
         }
         for row in result.rows
     ]
-    create_table_artifact(
-        key=f"bench-{recipe}", table=rows, description=f"Latency of {newest.name}, measured again"
-    )
+    create_table_artifact(key=f"bench-{recipe}", table=rows, description=f"Latency of {newest.name}, measured again")
     return rows

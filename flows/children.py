@@ -59,9 +59,7 @@ class Child:
         return {"pid": self.process.pid, "created": self.created, "log": str(self.log)}
 
 
-def start(
-    name: str, command: Sequence[str], *, environment: Mapping[str, str], folder: Path, log: Path
-) -> Child:
+def start(name: str, command: Sequence[str], *, environment: Mapping[str, str], folder: Path, log: Path) -> Child:
     """The started program, in a session of its own: Ctrl-C in the terminal reaches only its parent."""
     log.parent.mkdir(parents=True, exist_ok=True)
     if log.exists():

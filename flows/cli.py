@@ -42,9 +42,7 @@ SetOption = Annotated[
 ]
 
 
-@app.command(
-    epilog="Example: stillhouse compress recipes/digits.yaml --set distill.train.epochs=20 --from distill"
-)
+@app.command(epilog="Example: stillhouse compress recipes/digits.yaml --set distill.train.epochs=20 --from distill")
 def compress(
     recipe: RecipeArgument,
     set_: SetOption = None,
@@ -62,11 +60,7 @@ def compress(
         _stop_if_nothing_to_do(loaded)
     os.environ.setdefault("PREFECT_LOGGING_LEVEL", "WARNING")
     server = _use_running_server()
-    where = (
-        f"Prefect at {server}"
-        if server
-        else "a temporary Prefect server (`stillhouse up` starts a lasting one)"
-    )
+    where = f"Prefect at {server}" if server else "a temporary Prefect server (`stillhouse up` starts a lasting one)"
     console.print(f"[bold]{loaded.name}[/bold]: running with {where}.")
     from flows.compress import compress as flow
     from flows.progress import terminal_progress
@@ -109,9 +103,7 @@ def _show(summary: dict) -> None:
     folder = Path(summary["folder"])
     console.print(console_table(read_rows(folder), title=f"{summary['recipe']} {summary['run']}"))
     accepted = summary["outcome"] == "accept"
-    console.print(
-        f"Verdict: [bold {'green' if accepted else 'red'}]{summary['outcome']}[/]. {summary['summary']}"
-    )
+    console.print(f"Verdict: [bold {'green' if accepted else 'red'}]{summary['outcome']}[/]. {summary['summary']}")
     for reason in summary["reasons"]:
         console.print(f"  - {reason}", markup=False, highlight=False)
     if summary["registered"]:
@@ -142,9 +134,7 @@ def plan(recipe: RecipeArgument, set_: SetOption = None) -> None:
     results = plan_recipe(loaded)
     for result in results:
         state = "[yellow]to do[/]" if result.is_pending else "[green]kept[/]"
-        table.add_row(
-            result.stage, result.name, state, "" if result.is_pending else f"{result.seconds:.1f} s"
-        )
+        table.add_row(result.stage, result.name, state, "" if result.is_pending else f"{result.seconds:.1f} s")
     console.print(table)
     todo = sum(result.is_pending for result in results)
     console.print(f"{len(results) - todo} stages kept, {todo} to do.")
@@ -164,9 +154,7 @@ def compare(
     folders = runs or list({folder.parent: folder for folder in run_folders()}.values())
     rows = [row for folder in folders for row in read_rows(folder)]
     if not rows:
-        problems.print(
-            "There is no run to compare. Start one: stillhouse compress recipes/digits.yaml", markup=False
-        )
+        problems.print("There is no run to compare. Start one: stillhouse compress recipes/digits.yaml", markup=False)
         raise typer.Exit(BAD_INPUT)
     console.print(console_table(rows))
     if csv is not None:
@@ -176,9 +164,7 @@ def compare(
 
 @app.command(epilog="Examples: stillhouse methods; stillhouse methods losses; stillhouse methods losses kd")
 def methods(
-    kind: Annotated[
-        str | None, typer.Argument(help="Kind of method: losses, combinations, selectors, ...")
-    ] = None,
+    kind: Annotated[str | None, typer.Argument(help="Kind of method: losses, combinations, selectors, ...")] = None,
     name: Annotated[str | None, typer.Argument(help="One method, to see its card and fields.")] = None,
 ) -> None:
     """List the methods a recipe can name, and their cards: paper, formula, needs, cost, evidence here."""
@@ -190,27 +176,19 @@ def methods(
 @app.command(epilog="Example: stillhouse init my-parts --data /data/parts")
 def init(
     name: Annotated[str, typer.Argument(help="Name of the recipe: lower case, digits, dashes.")],
-    data: Annotated[Path, typer.Option(help="Folder with one sub-folder of images per class.")] = Path(
-        "/data/images"
-    ),
+    data: Annotated[Path, typer.Option(help="Folder with one sub-folder of images per class.")] = Path("/data/images"),
     folder: Annotated[Path, typer.Option(help="Where the recipe goes.")] = Path("recipes"),
 ) -> None:
     """Write a commented recipe for your own images and teachers."""
     from flows.template import write_template
 
-    console.print(
-        f"Wrote {write_template(name, data, folder)}. Edit it, then: stillhouse plan {folder / name}.yaml"
-    )
+    console.print(f"Wrote {write_template(name, data, folder)}. Edit it, then: stillhouse plan {folder / name}.yaml")
 
 
 @app.command(epilog="Example: stillhouse up --prefect-port 4200 --mlflow-port 5000")
 def up(
-    prefect_port: Annotated[
-        int | None, typer.Option(help="Port of the Prefect server; default: a free one.")
-    ] = None,
-    mlflow_port: Annotated[
-        int | None, typer.Option(help="Port of the MLflow UI; default: a free one.")
-    ] = None,
+    prefect_port: Annotated[int | None, typer.Option(help="Port of the Prefect server; default: a free one.")] = None,
+    mlflow_port: Annotated[int | None, typer.Option(help="Port of the MLflow UI; default: a free one.")] = None,
 ) -> None:
     """Start the Prefect server, a worker and the MLflow UI, register the deployments, and keep running."""
     from flows.server import up as start
@@ -240,9 +218,7 @@ def _explained() -> Iterator[None]:
             problems.print(note, markup=False, highlight=False, soft_wrap=True)
         sys.exit(BAD_INPUT if isinstance(error, InputError | ArtifactError) else FAILED)
     except KeyboardInterrupt:
-        problems.print(
-            "Interrupted. Finished stages and the last step checkpoint are kept; run again to resume."
-        )
+        problems.print("Interrupted. Finished stages and the last step checkpoint are kept; run again to resume.")
         sys.exit(FAILED)
     except OSError as error:
         problems.print(f"Failed: {error}. Finished stages are kept; run again to resume.", markup=False)

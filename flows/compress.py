@@ -22,8 +22,8 @@ from compression.teachers import FromCheckpoint, check_teacher  # noqa: E402
 from export.comparison import COLUMNS  # noqa: E402
 from export.comparison import show as show_cell  # noqa: E402
 from export.targets import OnnxRuntimeTarget, TensorRtRtxTarget  # noqa: E402
-from flows.recipe import Recipe, dump_recipe  # noqa: E402
 from flows.progress import show  # noqa: E402
+from flows.recipe import Recipe, dump_recipe  # noqa: E402
 from tasks import tracking  # noqa: E402
 from tasks.artifacts import Store, file_digest  # noqa: E402
 from tasks.data import prepare_data, source_digest  # noqa: E402
@@ -32,8 +32,8 @@ from tasks.evaluate import benchmark_files, evaluate_files  # noqa: E402
 from tasks.export import export_engine, export_graph  # noqa: E402
 from tasks.gate import judge, register  # noqa: E402
 from tasks.machine import engine_backend, machine_digest, set_threads  # noqa: E402
-from tasks.progress import Report  # noqa: E402
 from tasks.prefect_runner import PrefectRunner, UiProgress  # noqa: E402
+from tasks.progress import Report  # noqa: E402
 from tasks.quantize import quantize_student  # noqa: E402
 from tasks.run_folder import read_rows, save_summary, write_run_folder  # noqa: E402
 from tasks.search import search  # noqa: E402
@@ -64,8 +64,9 @@ class Outcome:
 
 
 STAGES = (
-    "data", "teacher", "teacher_outputs", "select", "search", "distill", "quantize", "export", "engine", "evaluate", "benchmark", "gate", "register",
-)  # fmt: skip
+    *("data", "teacher", "teacher_outputs", "select", "search", "distill", "quantize"),
+    *("export", "engine", "evaluate", "benchmark", "gate", "register"),
+)
 """Stage names in order, as ``restart_from`` takes them."""
 
 
@@ -73,9 +74,7 @@ def story(recipe: Recipe) -> Outcome:
     """The chain of stages. Each takes handles and returns one; nothing flows backward."""
     seed, augment, machine = recipe.seed, recipe.augment, machine_digest()
 
-    data = prepare_data(
-        name=recipe.data.kind, config=recipe.data, source=source_digest(recipe.data), seed=seed
-    )
+    data = prepare_data(name=recipe.data.kind, config=recipe.data, source=source_digest(recipe.data), seed=seed)
 
     teachers: Results = {
         teacher.name: make_teacher(
@@ -130,9 +129,7 @@ def story(recipe: Recipe) -> Outcome:
         machine=machine,
     )
     cpu = [target for target in recipe.targets if isinstance(target, OnnxRuntimeTarget)]
-    timed = {
-        name: result for name, result in outcome.files.items() if result.info.get("form") != "int8-symmetric"
-    }
+    timed = {name: result for name, result in outcome.files.items() if result.info.get("form") != "int8-symmetric"}
     outcome.benchmark = benchmark_files(
         name="cpu",
         files=timed,
@@ -176,22 +173,37 @@ def _finish_student(recipe: Recipe, outcome: Outcome, name: str, finalist: int, 
     def graph(file: str, form: str, model: StageResult, source: StageResult | None = None) -> StageResult:
         return export_graph(name=file, model=model, data=data, form=form, teachers=teachers, source=source)
 
-    student = distill_student(
-        name=name, config=config, search=outcome.search, finalist=finalist, panel=panel, data=data, augment=augment, seed=seed
-    )  # fmt: skip
+    def trained(arm: str, taught_by: Results) -> StageResult:
+        return distill_student(
+            name=arm,
+            config=config,
+            search=outcome.search,
+            finalist=finalist,
+            panel=taught_by,
+            data=data,
+            augment=augment,
+            seed=seed,
+        )
+
+    student = trained(name, panel)
     outcome.students[name] = student
     files = outcome.files
     files[f"{name}.float32"] = graph(f"{name}.float32", "float32", student)
     if config.control:
-        control = distill_student(
-            name=f"{name}-control", config=config, search=outcome.search, finalist=finalist, panel={}, data=data, augment=augment, seed=seed
-        )  # fmt: skip
+        control = trained(f"{name}-control", {})
         outcome.controls[f"{name}-control"] = control
         files[f"{name}-control.float32"] = graph(f"{name}-control.float32", "float32", control)
     if recipe.quantize is not None:
         quantized = quantize_student(
-            name=name, config=recipe.quantize, distillation=config, student=student, panel=panel, data=data, augment=augment, seed=seed
-        )  # fmt: skip
+            name=name,
+            config=recipe.quantize,
+            distillation=config,
+            student=student,
+            panel=panel,
+            data=data,
+            augment=augment,
+            seed=seed,
+        )
         outcome.quantized[name] = quantized
         symmetric = graph(f"{name}.int8-symmetric", "int8-symmetric", quantized)
         files[f"{name}.int8-symmetric"] = symmetric
@@ -261,9 +273,7 @@ def compress(recipe: Recipe, restart_from: str | None = None) -> dict[str, Any] 
     summary = run_recipe(recipe, report=report, runner=PrefectRunner, restart_from=restart_from)
     publish(recipe.name, summary)
     accepted = summary["outcome"] == "accept"
-    return Completed(
-        name="Accepted" if accepted else "Rejected", message=summary["summary"][:900], data=summary
-    )
+    return Completed(name="Accepted" if accepted else "Rejected", message=summary["summary"][:900], data=summary)
 
 
 def publish(name: str, summary: dict[str, Any]) -> None:
@@ -271,13 +281,10 @@ def publish(name: str, summary: dict[str, Any]) -> None:
     folder = Path(summary["folder"])
     main = [column for column in COLUMNS if column.main]
     rows = [
-        {column.title: show_cell(row.get(column.name), column.kind) for column in main}
-        for row in read_rows(folder)
+        {column.title: show_cell(row.get(column.name), column.kind) for column in main} for row in read_rows(folder)
     ]
     create_table_artifact(key=f"comparison-{name}", table=rows, description=f"Every file of {name}, measured")
-    create_markdown_artifact(
-        key=f"report-{name}", markdown=(folder / "report.md").read_text(), description="Report"
-    )
+    create_markdown_artifact(key=f"report-{name}", markdown=(folder / "report.md").read_text(), description="Report")
     if summary["mlflow_url"].startswith("http"):
         create_link_artifact(key="mlflow-run", link=summary["mlflow_url"], link_text="This run in MLflow")
     else:

@@ -50,9 +50,7 @@ def prepare_pool(client: "SyncPrefectClient") -> None:
     try:
         client.read_work_pool(POOL)
     except ObjectNotFound:
-        client.create_work_pool(
-            WorkPoolCreate(name=POOL, type="process", description="Flows run as processes here.")
-        )
+        client.create_work_pool(WorkPoolCreate(name=POOL, type="process", description="Flows run as processes here."))
     client.create_concurrency_limit(tag=TRAINING_TAG, concurrency_limit=1)
 
 
@@ -109,9 +107,7 @@ def settle_interrupted_runs(client: "SyncPrefectClient", *, reason: str) -> list
     from prefect.states import Cancelled, Crashed
 
     live = children.live_values(FLOW_RUN_VARIABLE)
-    under_way = FlowRunFilter.model_validate(
-        {"state": {"type": {"any_": ["RUNNING", "PENDING", "CANCELLING"]}}}
-    )
+    under_way = FlowRunFilter.model_validate({"state": {"type": {"any_": ["RUNNING", "PENDING", "CANCELLING"]}}})
     pool = WorkPoolFilter.model_validate({"name": {"any_": [POOL]}})
     settled = []
     for run in client.read_flow_runs(flow_run_filter=under_way, work_pool_filter=pool):

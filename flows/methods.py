@@ -30,9 +30,7 @@ def show_methods(console: Console, kind: str | None, name: str | None) -> None:
         table = Table("method", "what it does", "source", title=each)
         for method, config in by_name.items():
             card = getattr(config, "card", None)
-            table.add_row(
-                method, card.summary if card else (config.__doc__ or "").strip(), card.paper if card else ""
-            )
+            table.add_row(method, card.summary if card else (config.__doc__ or "").strip(), card.paper if card else "")
         console.print(table)
 
 

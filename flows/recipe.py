@@ -60,9 +60,7 @@ class Recipe(Frozen):
         for number, space in enumerate(self.search.spaces):
             parent = getattr(space, "parent", None)
             if parent is not None and parent not in names:
-                raise ValueError(
-                    f"search.spaces.{number}.parent is '{parent}', expected one of {', '.join(names)}."
-                )
+                raise ValueError(f"search.spaces.{number}.parent is '{parent}', expected one of {', '.join(names)}.")
         if self.quantize is None:
             for target in self.targets:
                 if target.precision == "int8":
@@ -110,9 +108,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     return parse_recipe(raw, source=str(path), lines=lines)
 
 
-def parse_recipe(
-    raw: Mapping[str, Any], *, source: str = "recipe", lines: Mapping[tuple, int] | None = None
-) -> Recipe:
+def parse_recipe(raw: Mapping[str, Any], *, source: str = "recipe", lines: Mapping[tuple, int] | None = None) -> Recipe:
     """A recipe from nested plain values; RecipeError lists every problem."""
     try:
         return Recipe.model_validate(raw)
@@ -262,11 +258,7 @@ def _apply(raw: dict[str, Any], override: str) -> None:
 
 
 def _refuse_override(override: str, parts: Sequence[Any], target: Any) -> None:
-    choices = (
-        [str(key) for key in target]
-        if isinstance(target, dict)
-        else [str(n) for n in range(len(target or ()))]
-    )
+    choices = [str(key) for key in target] if isinstance(target, dict) else [str(n) for n in range(len(target or ()))]
     close = difflib.get_close_matches(str(parts[-1]), choices, n=1)
     raise RecipeError(
         f"Override '{override}' names '{'.'.join(str(part) for part in parts)}', which the recipe does not have; "

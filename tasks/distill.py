@@ -13,9 +13,7 @@ from tasks.stage import StageOutput, StageResult, Work, stage
 from tasks.teachers import TRAINING_CODE, model_metrics
 
 
-@stage(
-    "distill", code=(*TRAINING_CODE, "compression.distill", "compression.teacher_outputs"), tags=("training",)
-)
+@stage("distill", code=(*TRAINING_CODE, "compression.distill", "compression.teacher_outputs"), tags=("training",))
 def distill_student(
     work: Work,
     *,
@@ -46,6 +44,4 @@ def distill_student(
     metrics = model_metrics(student, spec.input_shape)
     metrics |= evaluate(student, dataset.validation, spec.preprocessing).model_dump(exclude={"num_samples"})
     work.run.log_series(history.rows, prefix="train/")
-    return StageOutput(
-        artifact=draft.done(), metrics=metrics, info={"history": history.rows, "panel": list(panel)}
-    )
+    return StageOutput(artifact=draft.done(), metrics=metrics, info={"history": history.rows, "panel": list(panel)})

@@ -82,10 +82,7 @@ def evaluate_files(
         for file, bits in correct.items():
             np.save(draft.folder / f"{file}.correct.npy", bits)
     flat = {
-        f"{file}/{key}": value
-        for file, row in metrics.items()
-        for key, value in row.items()
-        if key != "num_samples"
+        f"{file}/{key}": value for file, row in metrics.items() for key, value in row.items() if key != "num_samples"
     }
     return StageOutput(artifact=draft.done(), metrics=flat)
 
@@ -108,11 +105,7 @@ def _ladder(
     labels = dataset.test.labels
     model, spec = load_checkpoint(work.open(students[student]))
     torch_logits = file_logits(model, dataset)
-    rows = [
-        Rung(
-            name=f"{student}: torch float32", against=None, parity=compare(torch_logits, torch_logits, labels)
-        )
-    ]
+    rows = [Rung(name=f"{student}: torch float32", against=None, parity=compare(torch_logits, torch_logits, labels))]
 
     def step(
         name: str,
@@ -146,9 +139,7 @@ def _ladder(
     for engine, result in engines.items():
         if engine.startswith(f"{student}."):
             note = f"{result.info.get('backend')} {result.info.get('backend_version')}"
-            rows.append(
-                Rung(name=f"engine {engine}", against=None, parity=None, status=ENGINE_NOT_RUN, note=note)
-            )
+            rows.append(Rung(name=f"engine {engine}", against=None, parity=None, status=ENGINE_NOT_RUN, note=note))
     return rows
 
 
@@ -178,9 +169,7 @@ def benchmark_files(
 ) -> StageOutput:
     """Time all files interleaved in a process of their own; raw samples are kept."""
     models = {file: work.open(result) / "model.onnx" for file, result in files.items()}
-    job = BenchmarkJob(
-        models=models, reference=reference, batches=batches, threads=threads, rounds=rounds, seed=seed
-    )
+    job = BenchmarkJob(models=models, reference=reference, batches=batches, threads=threads, rounds=rounds, seed=seed)
     work.report("timing files", 0, 1)
     with work.store.put("benchmark") as draft:
         result = run_benchmark(job, draft.folder)

@@ -69,9 +69,7 @@ def export_graph(
             student, _ = load_checkpoint(folder)
             info = to_onnx(student, path, input_shape=spec.input_shape, metadata=metadata, precision=form)
         elif form == "int8-symmetric":
-            info = to_onnx(
-                load_quantized(folder).converted, path, input_shape=spec.input_shape, metadata=metadata
-            )
+            info = to_onnx(load_quantized(folder).converted, path, input_shape=spec.input_shape, metadata=metadata)
             check_symmetric(path)
         elif source is None:
             raise ExportError(
@@ -133,9 +131,7 @@ def export_engine(
     return StageOutput(artifact=draft.done(), metrics={"size_bytes": float(built.size_bytes)}, info=facts)
 
 
-def write_target(
-    folder: Path, target: Mapping[str, Any], files: Mapping[str, Path], facts: Mapping[str, Any]
-) -> None:
+def write_target(folder: Path, target: Mapping[str, Any], files: Mapping[str, Path], facts: Mapping[str, Any]) -> None:
     """Copy a target's files into ``folder`` with a manifest that says for which runtime each one is."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = []

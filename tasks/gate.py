@@ -50,20 +50,21 @@ def judge(
         limits = policy.model_copy(update=_budgets(policy, target))
         if isinstance(target, OnnxRuntimeTarget):
             forms = ("float32", "int8") if target.precision == "int8" else ("float32",)
-            candidates = [
-                f"{student}.{form}" for student in students for form in forms if f"{student}.{form}" in files
-            ]
+            candidates = [f"{student}.{form}" for student in students for form in forms if f"{student}.{form}" in files]
             evidence = [
-                _evidence(target, file, reference, facts, timing, correct, labels, files, seed)
-                for file in candidates
+                _evidence(target, file, reference, facts, timing, correct, labels, files, seed) for file in candidates
             ]
             verdicts[target.name] = choose_shipped(limits, evidence)
         else:
             for engine, result in engines.items():
                 if f".{target.name}" in engine:
                     built = Evidence(
-                        target=target.name, candidate=engine, precision=target.precision, ran=False, size_bytes=result.artifact.size_bytes
-                    )  # fmt: skip
+                        target=target.name,
+                        candidate=engine,
+                        precision=target.precision,
+                        ran=False,
+                        size_bytes=result.artifact.size_bytes,
+                    )
                     verdicts[engine] = decide(limits, built)
     verdict = combine(verdicts)
     with work.store.put("verdict") as draft:
@@ -76,9 +77,7 @@ def _budgets(policy: Policy, target: AnyTarget) -> dict[str, Any]:
     """The tighter of the policy's and the target's budgets."""
     tighter = {}
     for field in ("max_latency_p95_ms", "max_size_kib"):
-        limits = [
-            value for value in (getattr(policy, field), getattr(target, field, None)) if value is not None
-        ]
+        limits = [value for value in (getattr(policy, field), getattr(target, field, None)) if value is not None]
         tighter[field] = min(limits) if limits else None
     return tighter
 
@@ -128,9 +127,7 @@ def register(
     decided = RunVerdict.model_validate(verdict.info)
     target, shipped = next((key, item.ships) for key, item in decided.targets.items() if item.ships)
     path: Path = work.open(files[shipped]) / "model.onnx"
-    requirements = [
-        f"{package}=={importlib.metadata.version(package)}" for package in ("onnx", "onnxruntime-gpu")
-    ]
+    requirements = [f"{package}=={importlib.metadata.version(package)}" for package in ("onnx", "onnxruntime-gpu")]
     version = tracking.register_model(
         name=name,
         onnx_path=path,

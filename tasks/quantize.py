@@ -52,9 +52,7 @@ def quantize_student(
         for file in ("spec.json", "weights.safetensors"):
             shutil.copyfile(folder / file, draft.folder / file)
         save_quantized(quantized.prepared, draft.folder)
-        (draft.folder / "quantizer.json").write_text(
-            json.dumps(config.model_dump(mode="json"), sort_keys=True)
-        )
+        (draft.folder / "quantizer.json").write_text(json.dumps(config.model_dump(mode="json"), sort_keys=True))
     work.run.log_series(quantized.history.rows, prefix="train/")
     metrics = quantized.metrics.model_dump(exclude={"num_samples"})
     return StageOutput(artifact=draft.done(), metrics=metrics, info={"history": quantized.history.rows})

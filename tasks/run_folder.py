@@ -24,7 +24,10 @@ from tasks.export import write_target
 from tasks.settings import SOURCE_ROOT, settings
 from tasks.stage import StageResult
 
-PACKAGES = ("torch", "torchvision", "torchao", "timm", "torch-pruning", "onnx", "onnxruntime-gpu", "tensorrt-rtx", "prefect", "mlflow", "optuna")  # fmt: skip
+PACKAGES = (
+    *("torch", "torchvision", "torchao", "timm", "torch-pruning", "optuna"),
+    *("onnx", "onnxruntime-gpu", "tensorrt-rtx", "prefect", "mlflow"),
+)
 Results = Mapping[str, StageResult]
 
 
@@ -72,9 +75,7 @@ def write_run_folder(
     _write_json(folder / "selection.json", outcome.selection.info)
     trained = {**outcome.teachers, **outcome.students, **outcome.controls}
     histories = {key: result.info.get("history", []) for key, result in trained.items()}
-    histories |= {
-        f"{key} (quantize)": result.info.get("history", []) for key, result in outcome.quantized.items()
-    }
+    histories |= {f"{key} (quantize)": result.info.get("history", []) for key, result in outcome.quantized.items()}
     _write_json(folder / "histories.json", {key: rows for key, rows in histories.items() if rows})
     _write_json(folder / "reliability.json", facts["reliability"])
     (folder / "verdict.json").write_text(verdict.model_dump_json(indent=1))
@@ -212,9 +213,7 @@ def _origin(base: str, outcome: OutcomeLike) -> tuple[str, StageResult, float]:
 
 def _stages(role: str, form: str) -> str:
     made = {"teacher": ["train"], "student": ["search", "distil"], "control": ["search", "train"]}[role]
-    extra = {"int8": ["qat", "export"], "int8-symmetric": ["qat", "export"], "int8-ptq": ["ptq"]}.get(
-        form, ["export"]
-    )
+    extra = {"int8": ["qat", "export"], "int8-symmetric": ["qat", "export"], "int8-ptq": ["ptq"]}.get(form, ["export"])
     return " > ".join([*made, *extra])
 
 
@@ -288,7 +287,10 @@ def _write_teachers(
     timing: BenchmarkResult,
 ) -> None:
     scores = outcome.selection.info
-    columns = ("name", "kind", "in_panel", "accuracy", "validation_accuracy", "nll", "ece", "params", "macs", "size_bytes", "latency_p50_ms")  # fmt: skip
+    columns = (
+        *("name", "kind", "in_panel", "accuracy", "validation_accuracy", "nll", "ece"),
+        *("params", "macs", "size_bytes", "latency_p50_ms"),
+    )
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
@@ -339,11 +341,7 @@ def run_folders(recipe: str | None = None) -> list[Path]:
     """Finished run folders, oldest first; of one recipe or of all."""
     places = [settings().runs_dir / recipe] if recipe else sorted(settings().runs_dir.glob("*"))
     return [
-        run
-        for place in places
-        if place.is_dir()
-        for run in sorted(place.iterdir())
-        if (run / "summary.json").is_file()
+        run for place in places if place.is_dir() for run in sorted(place.iterdir()) if (run / "summary.json").is_file()
     ]
 
 

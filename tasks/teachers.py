@@ -20,9 +20,7 @@ MODEL_CODE = ("compression.zoo", "compression.models", "compression.checkpoint")
 TRAINING_CODE = (*MODEL_CODE, "compression.train", "compression.augment")
 
 
-@stage(
-    "teacher", code=(*TRAINING_CODE, "compression.teachers"), libraries=("torch", "timm"), tags=("training",)
-)
+@stage("teacher", code=(*TRAINING_CODE, "compression.teachers"), libraries=("torch", "timm"), tags=("training",))
 def make_teacher(
     work: Work,
     *,
@@ -49,9 +47,7 @@ def make_teacher(
     metrics |= evaluate(model, dataset.validation, spec.preprocessing).model_dump(exclude={"num_samples"})
     rows = history.rows if history is not None else []
     work.run.log_series(rows, prefix="train/")
-    return StageOutput(
-        artifact=draft.done(), metrics=metrics, info={"history": rows, "kind": teacher.model.kind}
-    )
+    return StageOutput(artifact=draft.done(), metrics=metrics, info={"history": rows, "kind": teacher.model.kind})
 
 
 def model_metrics(model: torch.nn.Module, input_shape: tuple[int, int, int]) -> dict[str, float]:
@@ -68,9 +64,7 @@ def model_metrics(model: torch.nn.Module, input_shape: tuple[int, int, int]) -> 
     code=(*MODEL_CODE, "compression.teacher_outputs", "compression.augment"),
     tags=("training",),
 )
-def store_outputs(
-    work: Work, *, name: str, teacher: StageResult, data: StageResult, spec: OutputsSpec
-) -> StageOutput:
+def store_outputs(work: Work, *, name: str, teacher: StageResult, data: StageResult, spec: OutputsSpec) -> StageOutput:
     """Keep a teacher's logits on every augmented view, so that distillation never runs the teacher again."""
     dataset = open_dataset(work.open(data))
     model, _ = load_checkpoint(work.open(teacher))

@@ -79,9 +79,7 @@ class Run:
         """Copy a folder to the run's artifacts."""
         client().log_artifacts(self.id, str(path), folder or None)
 
-    def log_dataset(
-        self, name: str, digest: str, source: str, profile: Mapping[str, Any], context: str
-    ) -> None:
+    def log_dataset(self, name: str, digest: str, source: str, profile: Mapping[str, Any], context: str) -> None:
         """Show a dataset in the run's Dataset column."""
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
@@ -272,10 +270,11 @@ def register_model(
     model = onnx.load(str(onnx_path))
     schemas = []
     for values in (model.graph.input, model.graph.output):
-        shapes = [[size.dim_value or -1 for size in value.type.tensor_type.shape.dim] for value in values]
-        schemas.append(
-            Schema([TensorSpec(np.dtype("float32"), tuple(shape), value.name) for shape, value in zip(shapes, values, strict=True)])
-        )  # fmt: skip
+        tensors = []
+        for value in values:
+            shape = tuple(size.dim_value or -1 for size in value.type.tensor_type.shape.dim)
+            tensors.append(TensorSpec(np.dtype("float32"), shape, value.name))
+        schemas.append(Schema(tensors))
     mlflow.set_tracking_uri(settings().tracking_uri)
     with mlflow.start_run(run_id=run.id):
         info = mlflow.onnx.log_model(

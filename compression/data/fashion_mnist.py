@@ -74,8 +74,8 @@ def _read(config: FashionMnist, seed: int) -> Source:
 def _pool(root: Path, name: str, *, first_id: int) -> Pool:
     images_path = idx_path(root, f"{_STEMS[name]}-images-idx3-ubyte")
     labels_path = idx_path(root, f"{_STEMS[name]}-labels-idx1-ubyte")
-    assert images_path is not None  # noqa: S101  config.check() looked
-    assert labels_path is not None  # noqa: S101
+    assert images_path is not None
+    assert labels_path is not None
     labels = checked_labels(
         read_idx(labels_path, ndim=1), num_classes=len(CLASS_NAMES), origin=str(labels_path)
     )

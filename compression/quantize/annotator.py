@@ -28,9 +28,7 @@ from compression.quantize.rounding import SymmetricFakeQuantize
 
 _ATEN = torch.ops.aten
 CONVOLUTIONS = frozenset({_ATEN.conv1d.default, _ATEN.conv2d.default})
-RELUS = frozenset(
-    {_ATEN.relu.default, _ATEN.relu_.default, _ATEN.hardtanh.default, _ATEN.hardtanh_.default}
-)
+RELUS = frozenset({_ATEN.relu.default, _ATEN.relu_.default, _ATEN.hardtanh.default, _ATEN.hardtanh_.default})
 LINEARS = frozenset({_ATEN.linear.default})
 ADDITIONS = frozenset({_ATEN.add.Tensor, _ATEN.add_.Tensor})
 MEANS = frozenset({_ATEN.adaptive_avg_pool2d.default, _ATEN.avg_pool2d.default, _ATEN.mean.dim})
@@ -143,9 +141,7 @@ def quantized_nodes(model: GraphModule) -> Iterator[Node]:
     return (node for node in model.graph.nodes if Q_ANNOTATION_KEY in node.meta)
 
 
-def _annotate(
-    node: Node, inputs: dict[Node, QuantizationSpecBase], output: QuantizationSpecBase | None = None
-) -> None:
+def _annotate(node: Node, inputs: dict[Node, QuantizationSpecBase], output: QuantizationSpecBase | None = None) -> None:
     annotation = node.meta.get(Q_ANNOTATION_KEY) or QuantizationAnnotation(_annotated=True)
     annotation.input_qspec_map.update(inputs)
     annotation.output_qspec = output or annotation.output_qspec

@@ -35,9 +35,7 @@ def batch_norm(
 
     Torchao's folding resets epsilon and momentum to their defaults, and takes a minute per model.
     """
-    return torch.batch_norm(
-        values, weight, bias, running_mean, running_var, training, momentum, eps, cudnn_enabled
-    )
+    return torch.batch_norm(values, weight, bias, running_mean, running_var, training, momentum, eps, cudnn_enabled)
 
 
 def hide_batch_norms(graph: GraphModule) -> GraphModule:

@@ -5,6 +5,7 @@ import io
 import logging
 import os
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,8 @@ def save_state(state: dict[str, Any], folder: Path, *, step: int) -> Path:
         temporary.replace(path)
         _sync_folder(folder)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise ArtifactError(
             f"Checkpoint folder '{folder}' has not taken {len(content)} bytes ({error.strerror}), expected a "
             "writable folder with free space. Free some and start again: it goes on at the last checkpoint."

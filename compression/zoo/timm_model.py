@@ -41,4 +41,9 @@ class TimmModel(Frozen):
             model = timm.create_model(self.name, **options)
         except (AssertionError, ValueError, RuntimeError) as cause:
             raise unfit(self.name, input_shape, cause) from cause
+        patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
+        if isinstance(patch, tuple) and len(patch) == 2 and (height % patch[0] or width % patch[1]):
+            # Some of timm's transformers would look at the top left corner only, without a word.
+            cause = ValueError(f"its patches are {patch[0]}x{patch[1]} pixels")
+            raise unfit(self.name, input_shape, cause)
         return check_forward(model, self.name, num_classes=num_classes, input_shape=input_shape)

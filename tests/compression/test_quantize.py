@@ -11,10 +11,22 @@ from torch.nn import functional as F
 from torchao.quantization.pt2e import FakeQuantize, MovingAverageMinMaxObserver
 
 from compression.augment import NoAugment
+from compression.checkpoint import save_checkpoint
 from compression.data import Dataset
 from compression.data.dataset import Split
+from compression.distill import DistillConfig
 from compression.errors import CheckpointError, CompressionError
-from compression.quantize import FakeQuantized, Qat, convert, prepare_qat, qat
+from compression.models import ModelSpec
+from compression.quantize import (
+    FakeQuantized,
+    Qat,
+    convert,
+    load_quantized,
+    prepare_qat,
+    qat,
+    quantize,
+    save_quantized,
+)
 from compression.quantize.annotator import SymmetricInt8
 from compression.quantize.folding import batch_norm
 from compression.quantize.prepared import load_prepared, save_prepared
@@ -310,9 +322,7 @@ def test_seven_bit_weights_stay_in_range():
 
 
 def test_a_maximum_shares_the_scale_of_its_input():
-    model = nn.Sequential(
-        nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 4, 6), nn.Flatten()
-    )
+    model = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 4, 6), nn.Flatten())
     prepared = prepare_qat(model, SHAPE, images(16))
     pool = next(n for n in prepared.body.graph.nodes if n.target is torch.ops.aten.max_pool2d.default)
     before, after = pool.args[0], next(iter(pool.users))
@@ -425,3 +435,25 @@ def test_training_learns_and_ends_in_eval_mode(whole_run):
     assert rows[-1]["loss"] < rows[0]["loss"]
     assert rows[-1]["validation_nll"] < rows[0]["validation_nll"]
     assert not prepared.training
+
+
+def test_a_stored_student_is_the_one_that_was_quantized(tmp_path: Path):
+    dataset = toy_dataset()
+    config = CONFIG.model_copy(update={"weight_bits": 7, "train": TrainConfig(epochs=1, batch_size=32)})
+    spec = ModelSpec(
+        model=FAMILIES["plain"],
+        num_classes=4,
+        input_shape=SHAPE,
+        class_names=dataset.class_names,
+        preprocessing=dataset.preprocessing,
+    )
+    student = lively(FAMILIES["plain"].build(4, SHAPE))
+    distillation = DistillConfig(train=config.train)
+    result = quantize(student, dataset, config, distillation=distillation, panel=(), seed=0, augment=NoAugment())
+    save_checkpoint(student, spec, tmp_path)
+    with pytest.raises(CheckpointError, match=r"quantizer\.json"):
+        load_quantized(tmp_path)
+    save_quantized(result.prepared, tmp_path, config)
+    stored = load_quantized(tmp_path)
+    assert result.metrics.num_samples == len(dataset.validation.labels)
+    assert torch.equal(stored.converted(images(32)), convert(result.prepared)(images(32)))

@@ -86,8 +86,9 @@ def test_order_of_teachers_and_samples_carries_over(combine):
 
 def test_a_shift_of_a_teachers_row_changes_nothing(combine):
     logits, labels = draw(3, 6, 4)
-    torch.testing.assert_close(combine(logits + torch.tensor([8.0, -4.0, 0.5])[:, None, None], labels),
-                               combine(logits, labels))
+    torch.testing.assert_close(
+        combine(logits + torch.tensor([8.0, -4.0, 0.5])[:, None, None], labels), combine(logits, labels)
+    )
 
 
 def test_extreme_and_half_precision_logits_still_give_a_distribution(combine):

@@ -43,13 +43,11 @@ def inputs(seed: int = 0) -> tuple[torch.Tensor, TeacherOutputs, torch.Tensor]:
 def test_every_file_of_the_folder_is_in_the_union():
     members = set(get_args(AnyLoss))
     for module in pkgutil.iter_modules(package.__path__):
-        content = vars(importlib.import_module(f"{package.__name__}.{module.name}")).values()
+        name = f"{package.__name__}.{module.name}"
         here = {
             item
-            for item in content
-            if isinstance(item, type)
-            and issubclass(item, Frozen)
-            and item.__module__ == f"{package.__name__}.{module.name}"
+            for item in vars(importlib.import_module(name)).values()
+            if isinstance(item, type) and issubclass(item, Frozen) and item.__module__ == name
         }
         assert here, f"losses/{module.name}.py has no config"
         assert here <= members, f"losses/{module.name}.py is not in AnyLoss"
@@ -196,7 +194,9 @@ def test_kd_gradient_is_the_difference_of_softened_distributions(seed, batch, cl
 def test_kd_at_high_temperature_matches_centred_logits():
     """T -> infinity: 1/(2C) of the squared distance of row-centred logits, mean over the batch."""
     student, teacher = randn(16, 10).double() * 3, randn(1, 16, 10, seed=1).double() * 3
-    value = Kd(temperature=100.0).build()(Outputs(student), panel(teacher), torch.zeros(16, dtype=torch.int64))
+    value = Kd(temperature=100.0).build()(
+        Outputs(student), panel(teacher), torch.zeros(16, dtype=torch.int64)
+    )
     gap = (student - student.mean(1, keepdim=True)) - (teacher[0] - teacher[0].mean(1, keepdim=True))
     limit = gap.square().sum(1).mean() / 20
     torch.testing.assert_close(value, limit, rtol=2e-2, atol=0)

@@ -48,9 +48,9 @@ def exported(tmp_path_factory) -> Exported:
     model.eval()
     with torch.no_grad():  # logits that differ between images, as a trained model's do
         head = model.get_submodule("head")
-        features = torch.cat([logits for logits in [model(noise(256, 7))]])
-        head.weight.div_(features.std())
-        head.bias.sub_(features.mean(0)).div_(features.std())
+        logits = model(noise(256, 7))
+        head.weight.div_(logits.std())
+        head.bias.sub_(logits.mean(0)).div_(logits.std())
     quantized = convert(prepare_qat(model, SHAPE, noise(256, 1)))
     return Exported(
         model=model,

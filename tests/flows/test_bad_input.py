@@ -26,9 +26,20 @@ def tiny(place: Path, **changes: object) -> Path:
 
 
 def stillhouse(home: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    env = {**os.environ, "STILLHOUSE_ROOT": str(home), "COLUMNS": "200", "PYTHONPATH": str(ROOT), **environment}
+    env = {
+        **os.environ,
+        "STILLHOUSE_ROOT": str(home),
+        "COLUMNS": "200",
+        "PYTHONPATH": str(ROOT),
+        **environment,
+    }
     return subprocess.run(
-        [sys.executable, "-m", "flows.cli", *arguments], capture_output=True, text=True, env=env, cwd=home, check=False
+        [sys.executable, "-m", "flows.cli", *arguments],
+        capture_output=True,
+        text=True,
+        env=env,
+        cwd=home,
+        check=False,
     )
 
 
@@ -96,13 +107,23 @@ def test_a_wrong_class_count(tmp_path: Path) -> None:
     ids=["out of range", "negative", "empty class"],
 )
 def test_wrong_labels(tmp_path: Path, labels: np.ndarray, says: str) -> None:
-    np.savez(tmp_path / "data.npz", images=np.zeros((80, 8, 8), np.uint8), labels=labels, class_names=["a", "b", "c"])
+    np.savez(
+        tmp_path / "data.npz",
+        images=np.zeros((80, 8, 8), np.uint8),
+        labels=labels,
+        class_names=["a", "b", "c"],
+    )
     recipe = tiny(tmp_path, data={"kind": "arrays", "path": str(tmp_path / "data.npz")})
     refused(stillhouse(tmp_path, "compress", str(recipe)), says, "data.npz")
 
 
 def test_an_unknown_recipe_key(tmp_path: Path) -> None:
-    refused(stillhouse(tmp_path, "compress", str(tiny(tmp_path, teecher=1))), "teecher", "unknown key", "nothing was run")
+    refused(
+        stillhouse(tmp_path, "compress", str(tiny(tmp_path, teecher=1))),
+        "teecher",
+        "unknown key",
+        "nothing was run",
+    )
 
 
 def test_an_unwritable_store(tmp_path: Path) -> None:

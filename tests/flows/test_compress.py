@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import yaml
 
-
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -36,7 +35,10 @@ def tiny_recipe() -> dict[str, Any]:
     raw["search"] |= {
         "spaces": [
             {"kind": "prune", "parent": "residual", "ratios": [0.5]},
-            {"kind": "scale", "base": {"kind": "plain_cnn", "widths": [8], "depths": [1], "strides": [2], "stem_width": 8}},
+            {
+                "kind": "scale",
+                "base": {"kind": "plain_cnn", "widths": [8], "depths": [1], "strides": [2], "stem_width": 8},
+            },
         ],
         "trials": 2,
         "train": {"epochs": 1, "batch_size": 64},
@@ -301,5 +303,3 @@ def test_the_image_folder_template_runs_with_a_timm_teacher(tmp_path: Path) -> N
     assert done.returncode == 0, done.stdout + done.stderr
     rows = {row["id"]: row for row in rows_of(newest(tmp_path, "image-folder-template") / "comparison.csv")}
     assert float(rows["student-0.float32"]["macs"]) < float(rows["teacher-teacher.float32"]["macs"])
-
-

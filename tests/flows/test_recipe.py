@@ -60,7 +60,9 @@ def change(place: str, value: object) -> dict:
         ("name", "My Parts", "name", "match"),
     ],
 )
-def test_a_wrong_value_is_refused_with_its_place_and_a_way_out(place: str, value: object, where: str, says: str) -> None:
+def test_a_wrong_value_is_refused_with_its_place_and_a_way_out(
+    place: str, value: object, where: str, says: str
+) -> None:
     with pytest.raises(RecipeError) as caught:
         parse_recipe(change(place, value))
     lines = str(caught.value).splitlines()
@@ -107,7 +109,8 @@ def test_a_wrong_override_is_refused(override: str, says: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "says"), [("a: [1", "is not YAML"), ("- 1\n- 2", "expected a mapping"), ("", "expected a mapping")]
+    ("content", "says"),
+    [("a: [1", "is not YAML"), ("- 1\n- 2", "expected a mapping"), ("", "expected a mapping")],
 )
 def test_a_file_that_is_no_recipe_is_refused(tmp_path: Path, content: str, says: str) -> None:
     path = tmp_path / "recipe.yaml"

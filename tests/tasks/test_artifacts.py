@@ -125,5 +125,3 @@ def test_write_durably_replaces_the_whole_file(tmp_path: Path) -> None:
     write_durably(path, "two")
     assert path.read_text() == "two"
     assert [item.name for item in path.parent.iterdir()] == ["note.json"]
-
-

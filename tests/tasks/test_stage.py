@@ -8,7 +8,17 @@ from compression.types import Frozen
 from tasks import tracking
 from tasks.artifacts import Store
 from tasks.settings import settings
-from tasks.stage import DirectRunner, PlanRunner, Stage, StageIndex, StageOutput, StageResult, Work, stage, use_runner
+from tasks.stage import (
+    DirectRunner,
+    PlanRunner,
+    Stage,
+    StageIndex,
+    StageOutput,
+    StageResult,
+    Work,
+    stage,
+    use_runner,
+)
 
 
 class Config(Frozen):
@@ -67,7 +77,9 @@ def test_a_changed_input_artifact_changes_the_key(runner: DirectRunner) -> None:
     with use_runner(runner):
         one = count(name="one", config=Config(text="1"))
         two = count(name="two", config=Config(text="2"))
-        assert count.key("x", {"config": Config(), "source": one}) != count.key("x", {"config": Config(), "source": two})
+        assert count.key("x", {"config": Config(), "source": one}) != count.key(
+            "x", {"config": Config(), "source": two}
+        )
         assert count(name="x", config=Config(), source=one).inputs == (one.artifact.sha256,)
 
 

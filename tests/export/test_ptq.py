@@ -1,0 +1,53 @@
+"""Static quantization, the control arm: both presets give what their runtime wants."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from compression.errors import ExportError
+from export.onnx_graph import metadata_of
+from export.ptq import quantize_static
+from export.qdq import check_symmetric
+from export.runtime import OnnxSession, integer_share
+
+
+@pytest.fixture(scope="module")
+def calibration(exported) -> np.ndarray:
+    return exported.images(64, 1).numpy()
+
+
+@pytest.mark.parametrize("weights", ["int8", "uint8"])
+def test_cpu_preset_runs_every_layer_as_integers(exported, calibration, tmp_path: Path, weights):
+    info = quantize_static(
+        exported.float32.path, tmp_path / "p.onnx", calibration, preset="onnxruntime_x86", weights=weights
+    )
+    assert integer_share(info.path).share == 1.0
+    assert info.size_bytes < exported.float32.size_bytes
+
+
+def test_cpu_preset_predicts_as_the_float_model(exported, calibration, tmp_path: Path):
+    info = quantize_static(
+        exported.float32.path, tmp_path / "p.onnx", calibration, preset="onnxruntime_x86", metadata={"k": "v"}
+    )
+    images = exported.images(256, 2)
+    expected = exported.model(images).detach().numpy()
+    found = OnnxSession(info.path).run(images.numpy())
+    assert np.abs(found - expected).mean() < 0.1 * np.abs(expected).mean()
+    assert metadata_of(info.path) == {"k": "v"}
+
+
+def test_tensorrt_preset_is_symmetric_and_keeps_the_metadata(exported, calibration, tmp_path: Path):
+    info = quantize_static(exported.float32.path, tmp_path / "t.onnx", calibration, preset="tensorrt")
+    assert check_symmetric(info.path).weights == 7
+    assert metadata_of(info.path) == metadata_of(exported.float32.path)
+
+
+def test_no_calibration_images_is_refused(exported, tmp_path: Path):
+    with pytest.raises(ExportError, match="0 images"):
+        quantize_static(
+            exported.float32.path,
+            tmp_path / "p.onnx",
+            np.zeros((0, 1, 12, 12), np.float32),
+            preset="onnxruntime_x86",
+        )
