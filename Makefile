@@ -37,7 +37,8 @@ up: setup  ## Prefect server, worker, MLflow UI and deployments
 	$(BIN)/stillhouse up
 
 bench: setup  ## Measure what docs/benchmarks.md reports
-	$(BIN)/python benchmarks/pipeline.py
+	$(BIN)/python benchmarks/step_cost.py
+	$(BIN)/python benchmarks/int8_speed.py
 
 lock: setup  ## Write the versions of this environment to constraints.txt
 	{ head -2 constraints.txt; $(BIN)/python -m pip freeze --exclude-editable --exclude pip --exclude setuptools; } > constraints.new

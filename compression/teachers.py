@@ -109,5 +109,6 @@ def _refuse_non_finite(model: nn.Module, name: str) -> None:
     for key, value in model.state_dict().items():
         if value.is_floating_point() and not value.isfinite().all():
             raise CheckpointError(
-                f"Teacher '{name}' has non-finite numbers in '{key}', expected finite weights. Save the checkpoint again."
+                f"Teacher '{name}' has non-finite numbers in '{key}', expected finite weights. "
+                "Save the checkpoint again."
             )

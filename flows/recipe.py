@@ -145,13 +145,7 @@ def explain(error: ValidationError, raw: Any) -> list[tuple[tuple, str]]:
             problems.setdefault((*where, "kind"), _kind_message(value, _plain(item["loc"]), error, kinds))
         else:
             problems[where] = _message(item, value)
-    real = [place for place in problems if place and place[-1] != "kind"]
-    return [
-        (place, message)
-        for place, message in problems.items()
-        if not (place and place[-1] == "kind" and message == "" and any(other[: len(place) - 1] == place[:-1] for other in real))
-        and message
-    ]  # fmt: skip
+    return [(place, message) for place, message in problems.items() if message]
 
 
 def _plain(loc: Sequence[Any]) -> tuple[Any, ...]:

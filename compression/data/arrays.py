@@ -60,7 +60,7 @@ def _read(config: Arrays, seed: int) -> Source:
     try:
         with np.load(config.path, allow_pickle=False) as archive:
             raw_images, raw_labels = archive["images"], archive["labels"]
-            given = archive["class_names"] if "class_names" in archive else None
+            given = archive.get("class_names")
     except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
         raise DataError(f"File '{origin}' cannot be read ({error}), expected {_FORM}. {_WAY_OUT}") from error
     if raw_labels.ndim == 0 or len(raw_labels) == 0:
@@ -87,8 +87,8 @@ def _class_names(config: Arrays, given: np.ndarray | None, labels: np.ndarray) -
         largest = int(finite.max()) if numeric and finite.size else 0
         if config.num_classes is None and largest >= 10 * len(labels):
             raise DataError(
-                f"File '{config.path}' has a label of {largest} among {len(labels)} samples, expected labels from 0 on. "
-                "Number the classes 0, 1, 2, ..., or set num_classes."
+                f"File '{config.path}' has a label of {largest} among {len(labels)} samples, "
+                "expected labels from 0 on. Number the classes 0, 1, 2, ..., or set num_classes."
             )
         names = tuple(str(i) for i in range(config.num_classes or max(largest + 1, 2)))
     if len(set(names)) != len(names) or len(names) < 2:

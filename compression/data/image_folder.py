@@ -51,7 +51,8 @@ class ImageFolder(DataConfig):
             )
         if test is not None and _class_names(test) != names:
             raise DataError(
-                f"Folder '{test}' has the classes {_class_names(test)}, expected {names} as in '{train}'. Make them equal."
+                f"Folder '{test}' has the classes {_class_names(test)}, expected {names} as in '{train}'. "
+                "Make them equal."
             )
 
 

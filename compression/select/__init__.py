@@ -50,7 +50,8 @@ def rank_teachers(
     selectors = {selector.kind: selector.build() for selector in config.selectors}
     if config.rank_by not in selectors:
         raise CompressionError(
-            f"Selection ranks by '{config.rank_by}', expected one of the selectors {sorted(selectors)}. Add it to select.selectors."
+            f"Selection ranks by '{config.rank_by}', expected one of the selectors {sorted(selectors)}. "
+            "Add it to select.selectors."
         )
     if config.panel_size > len(outputs):
         raise CompressionError(

@@ -66,12 +66,13 @@ class Tmi(Frozen):
 
     card: ClassVar[MethodCard] = MethodCard(
         name="TMI, width-normalised",
-        paper="Xu and Kang 2023, Fast and Accurate Transferability Measurement by Evaluating Intra-class Feature Variance, "
-        "arXiv:2308.05986",
+        paper="Xu and Kang 2023, Fast and Accurate Transferability Measurement by Evaluating Intra-class "
+        "Feature Variance, arXiv:2308.05986",
         summary="Teachers whose features still vary within a class transfer better than collapsed ones.",
         needs="Penultimate features on labelled validation data.",
         cost="One forward pass and pairwise distances within each class.",
-        evidence="Predicts fine-tuning transfer in the paper; its ranking of distilled students is not measured here yet.",
+        evidence="Predicts fine-tuning transfer in the paper; its ranking of distilled students "
+        "is not measured here yet.",
     )
 
     def build(self) -> ScoreFn:
