@@ -2,8 +2,8 @@
 
     .venv/bin/python benchmarks/int8_speed.py [--rounds 30]
 
-The 16 M-MAC residual net of the Fashion-MNIST recipe, random weights (speed does not depend on them): float32, INT8 with
-u8 activations from the symmetric graph, INT8 by ONNX Runtime's own static quantization. Interleaved, one thread.
+The 16 M-MAC residual net of the Fashion-MNIST recipe, random weights (speed does not depend on them): float32,
+INT8 with u8 activations from the symmetric graph, and ONNX Runtime's own static quantization. Interleaved, one thread.
 """
 
 import argparse
@@ -36,7 +36,8 @@ def main() -> None:
     features = cpu_features()
     print(f"CPU: {features.model}, AVX2 {features.avx2}, AVX-512 {features.avx512}, VNNI {features.vnni}\n")
     print(
-        "| net | file | batch | p50 ms | ratio to float32 | 95 % interval | integer layers |\n|---|---|---|---|---|---|---|"
+        "| net | file | batch | p50 ms | ratio to float32 | 95 % interval | integer layers |\n"
+        "|---|---|---|---|---|---|---|"
     )
     for name, config in NETS.items():
         with tempfile.TemporaryDirectory() as folder:
@@ -46,25 +47,28 @@ def main() -> None:
 def measure(name: str, config: ResidualCnn, folder: Path, rounds: int) -> None:
     model = config.build(10, SHAPE).eval()
     images = torch.randn(64, *SHAPE)
-    files = {
-        "float32": folder / "float32.onnx",
-        "int8, u8 activations": folder / "u8.onnx",
-        "int8, static": folder / "ptq.onnx",
-    }
+    files = {name: folder / f"{name}.onnx" for name in ("float32", "int8", "int8-static")}
     to_onnx(model, files["float32"], input_shape=SHAPE, metadata={})
     converted = convert(prepare_qat(model, SHAPE, images))
     to_onnx(converted, folder / "symmetric.onnx", input_shape=SHAPE, metadata={})
-    to_u8_activations(folder / "symmetric.onnx", files["int8, u8 activations"])
-    quantize_static(files["float32"], files["int8, static"], images.numpy(), preset="onnxruntime_x86")
+    to_u8_activations(folder / "symmetric.onnx", files["int8"])
+    quantize_static(files["float32"], files["int8-static"], images.numpy(), preset="onnxruntime_x86")
     result = run_benchmark(BenchmarkJob(models=files, reference="float32", rounds=rounds, memory=False), folder)
     title = f"{name} ({macs(model, SHAPE) / 1e6:.1f} M)"
     for row in result.rows:
         share = integer_share(files[row.model])
         layers = "-" if row.model == "float32" else f"{share.integer} of {share.total}"
         bounds = f"{row.ratio_low:.3f} to {row.ratio_high:.3f}"
-        print(
-            f"| {title} | {row.model} | {row.batch} | {row.latency_p50_ms:.3f} | {row.ratio_to_reference:.3f} | {bounds} | {layers} |"
+        cells = (
+            title,
+            row.model,
+            row.batch,
+            f"{row.latency_p50_ms:.3f}",
+            f"{row.ratio_to_reference:.3f}",
+            bounds,
+            layers,
         )
+        print("| " + " | ".join(str(cell) for cell in cells) + " |")
     floors = ", ".join(f"batch {floor.batch}: {floor.spread:.1%}" for floor in result.noise_floors)
     print(f"| {title} | noise floor | {floors} | | | | |")
 

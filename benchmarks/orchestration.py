@@ -2,8 +2,8 @@
 
     .venv/bin/python benchmarks/orchestration.py runs/fashion-mnist/<run-id> [--again recipes/fashion-mnist.yaml]
 
-The share is (wall time of the run - seconds inside stage functions) / wall time, from MLflow's own start and end times and
-the lineage of the run. ``--again`` runs the finished recipe once more and measures its wall time and peak memory.
+The share is (wall time of the run - seconds inside stage functions) / wall time, from MLflow's own start and end times
+and the lineage of the run. ``--again`` runs the finished recipe once more: its wall time and peak memory.
 """
 
 import argparse

@@ -31,7 +31,7 @@ from tasks.distill import distill_student  # noqa: E402
 from tasks.evaluate import benchmark_files, evaluate_files  # noqa: E402
 from tasks.export import export_engine, export_graph  # noqa: E402
 from tasks.gate import judge, register  # noqa: E402
-from tasks.machine import engine_backend, machine_digest, set_threads  # noqa: E402
+from tasks.machine import engine_backend, int8_weights, machine_digest, set_threads  # noqa: E402
 from tasks.prefect_runner import PrefectRunner, UiProgress  # noqa: E402
 from tasks.progress import Report  # noqa: E402
 from tasks.quantize import quantize_student  # noqa: E402
@@ -171,7 +171,15 @@ def _finish_student(recipe: Recipe, outcome: Outcome, name: str, finalist: int, 
     teachers = {f"teacher.{teacher}": outcome.teachers[teacher].artifact.sha256 for teacher in panel}
 
     def graph(file: str, form: str, model: StageResult, source: StageResult | None = None) -> StageResult:
-        return export_graph(name=file, model=model, data=data, form=form, teachers=teachers, source=source)
+        return export_graph(
+            name=file,
+            model=model,
+            data=data,
+            form=form,
+            int8_weights=int8_weights() if form in ("int8", "int8-ptq") else None,
+            teachers=teachers,
+            source=source,
+        )
 
     def trained(arm: str, taught_by: Results) -> StageResult:
         return distill_student(

@@ -19,7 +19,7 @@ from compression.quantize import load_quantized
 from export.engine_trt import build_engine
 from export.onnx_graph import to_onnx
 from export.ptq import quantize_static
-from export.qdq import check_symmetric, to_u8_activations
+from export.qdq import WeightForm, check_symmetric, to_u8_activations
 from export.targets import TensorRtRtxTarget, TensorRtTarget
 from tasks.artifacts import file_digest
 from tasks.stage import StageOutput, StageResult, Work, stage
@@ -27,7 +27,11 @@ from tasks.teachers import MODEL_CODE
 
 logger = logging.getLogger(__name__)
 
-GRAPH_CODE = (*MODEL_CODE, "compression.quantize", "export.onnx_graph", "export.qdq", "export.ptq")
+GRAPH_CODE = (
+    *MODEL_CODE,
+    "compression.quantize",
+    *("export.onnx_graph", "export.graph_editor", "export.qdq", "export.ptq", "export.runtime"),
+)
 GRAPH_LIBRARIES = ("torch", "torchao", "onnx", "onnxscript", "onnxruntime-gpu")
 Form = Literal["float32", "float16", "int8", "int8-ptq", "int8-symmetric"]
 
@@ -53,11 +57,12 @@ def export_graph(
     form: Form,
     teachers: dict[str, str],
     source: StageResult | None = None,
+    int8_weights: WeightForm | None = None,
 ) -> StageOutput:
     """Write one ONNX file: float32, float16, symmetric INT8 (TensorRT), or INT8 with u8 activations (ONNX Runtime).
 
-    ``int8`` rewrites the symmetric graph in ``source``; ``int8-ptq`` quantizes the float32 graph in ``source``
-    after training, as the control arm.
+    ``int8`` rewrites the symmetric graph in ``source``; ``int8-ptq`` quantizes the float32 graph in ``source`` after
+    training, as the control arm. ``int8_weights`` is how these two write their weights, see ``export.qdq``.
     """
     folder = work.open(model)
     spec = read_spec(folder)
@@ -76,11 +81,16 @@ def export_graph(
                 f"Graph '{name}' of form {form} has no source graph, expected one. This is a defect of the flow."
             )
         elif form == "int8":
-            info = to_u8_activations(work.open(source) / "model.onnx", path, metadata=metadata)
+            info = to_u8_activations(work.open(source) / "model.onnx", path, weights=int8_weights, metadata=metadata)
         else:
             images = calibration_images(work.open(data), spec)
             info = quantize_static(
-                work.open(source) / "model.onnx", path, images, preset="onnxruntime_x86", metadata=metadata
+                work.open(source) / "model.onnx",
+                path,
+                images,
+                preset="onnxruntime_x86",
+                weights=int8_weights,
+                metadata=metadata,
             )
     size = draft.done().size_bytes
     return StageOutput(

@@ -8,6 +8,7 @@ import os
 import torch
 
 from compression.errors import ExportError
+from export.qdq import WeightForm, weight_form
 from export.runtime import cpu_features
 
 
@@ -15,6 +16,11 @@ def machine_digest() -> str:
     """Changes with the processor, its instruction sets and the number of cores."""
     facts = {"cpu": cpu_features().model_dump(mode="json"), "cores": os.cpu_count()}
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def int8_weights() -> WeightForm:
+    """How this CPU's INT8 files write their weights, so that sums of products cannot overflow."""
+    return weight_form(cpu_features())
 
 
 def set_threads(threads: int) -> None:

@@ -26,9 +26,7 @@ def plain_step(label_smoothing: float = 0.0) -> StepFn:
 
     def step(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         logits = model(batch.images)
-        return {
-            "cross_entropy": F.cross_entropy(logits.float(), batch.labels, label_smoothing=label_smoothing)
-        }
+        return {"cross_entropy": F.cross_entropy(logits.float(), batch.labels, label_smoothing=label_smoothing)}
 
     return step
 
@@ -104,9 +102,7 @@ def distill(
     check_panel(panel, dataset, config, augment)
     _check_student(student, dataset)
     step = (
-        distillation_step(config.losses, config.teachers, panel)
-        if panel
-        else plain_step(config.train.label_smoothing)
+        distillation_step(config.losses, config.teachers, panel) if panel else plain_step(config.train.label_smoothing)
     )
     return fit(
         student,
@@ -125,9 +121,7 @@ def distill(
     )
 
 
-def check_panel(
-    panel: Sequence[TeacherLogits], dataset: Dataset, config: DistillConfig, augment: AnyAugment
-) -> None:
+def check_panel(panel: Sequence[TeacherLogits], dataset: Dataset, config: DistillConfig, augment: AnyAugment) -> None:
     """Refuse stored outputs that do not belong to the views and classes the student will see.
 
     Raises:

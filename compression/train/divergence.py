@@ -35,9 +35,7 @@ def divergence(
         if 0 < len(rows) < len(ids):
             ids = [ids[row] for row in rows]
             place += " Only these samples are affected: look at their pixels."
-    shown = ", ".join(map(str, ids[:_SHOWN_IDS])) + (
-        f", ... ({len(ids)} in all)" if len(ids) > _SHOWN_IDS else ""
-    )
+    shown = ", ".join(map(str, ids[:_SHOWN_IDS])) + (f", ... ({len(ids)} in all)" if len(ids) > _SHOWN_IDS else "")
     return CompressionError(
         f"Loss term {bad} at epoch {batch.epoch}, step {batch.step}, sample ids {shown}, expected a finite "
         f"number. {place} Otherwise lower train.learning_rate, or use precision 32-true. The last checkpoint "

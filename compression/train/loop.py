@@ -111,9 +111,7 @@ def fit(
     cuda = [fabric.device] if fabric.device.type == "cuda" else []
     with torch.random.fork_rng(devices=cuda):
         torch.manual_seed(seed + fabric.global_rank)
-        training = _Training(
-            model, step, dataset, config, batches, fabric, list(extra_parameters), set_training
-        )
+        training = _Training(model, step, dataset, config, batches, fabric, list(extra_parameters), set_training)
         try:
             history = training.run(checkpoint_dir, on_epoch=on_epoch, on_step=on_step)
         finally:
@@ -207,9 +205,7 @@ class _Training:
         scalars = list(terms.values())
         values = torch.stack([term.detach().float() for term in scalars]).tolist()
         if not all(map(math.isfinite, values)):
-            raise divergence(
-                self.model, batch, dict(zip(terms, values, strict=True)), set_training=self.set_training
-            )
+            raise divergence(self.model, batch, dict(zip(terms, values, strict=True)), set_training=self.set_training)
         loss = scalars[0]
         for term in scalars[1:]:
             loss = loss + term

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from export.comparison import BY_NAME, COLUMNS, NOT_MEASURED, is_missing, marginal_gains, show
+from export.comparison import BY_NAME, COLUMNS, NOT_MEASURED, Column, is_missing, marginal_gains, show
 from export.report import plots
 from export.report.run_folder import RunFolder, open_run
 
@@ -301,6 +301,10 @@ def _landmarks(run: RunFolder) -> list[Mapping[str, Any]]:
 
 def _batch(row: Mapping[str, Any]) -> float:
     return row.get("batch") or float("inf")
+
+
+def _as_column(column: Column) -> tuple[str, str, str, str]:
+    return column.name, column.title, column.kind, column.meaning
 
 
 def _guess_columns(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, str, str]]:

@@ -81,9 +81,7 @@ def teachers(dataset) -> list[nn.Module]:
     return models
 
 
-def store(
-    model: nn.Module, dataset: Dataset, folder: Path, *, views: int = 2, seed: int = 0
-) -> StoredOutputs:
+def store(model: nn.Module, dataset: Dataset, folder: Path, *, views: int = 2, seed: int = 0) -> StoredOutputs:
     write_teacher_outputs(model, dataset, OutputsSpec(views=views, seed=seed, augment=SHIFT), folder)
     return StoredOutputs.open(folder)
 
@@ -91,8 +89,7 @@ def store(
 @pytest.fixture(scope="module")
 def panel(dataset, teachers, tmp_path_factory) -> list[StoredOutputs]:
     return [
-        store(model, dataset, tmp_path_factory.mktemp("outputs") / str(number))
-        for number, model in enumerate(teachers)
+        store(model, dataset, tmp_path_factory.mktemp("outputs") / str(number)) for number, model in enumerate(teachers)
     ]
 
 
@@ -104,9 +101,7 @@ def batch_of(dataset: Dataset, rows: Tensor, view: int = 0) -> Batch:
 
 
 def run(student: nn.Module, panel, dataset, config: DistillConfig, **options):
-    return distill(
-        student, panel, dataset, config, **({"seed": 0, "augment": SHIFT, "hardware": CPU} | options)
-    )
+    return distill(student, panel, dataset, config, **({"seed": 0, "augment": SHIFT, "hardware": CPU} | options))
 
 
 @pytest.mark.parametrize("combination", [Uniform(), Confidence()])
@@ -126,9 +121,7 @@ def test_stored_and_live_teachers_teach_the_same(dataset, teachers, panel, combi
 
 def test_terms_carry_their_weight_and_repeated_kinds_are_numbered(dataset, panel):
     losses = (Kd(weight=0.25), Kd(weight=1.0), CrossEntropy(weight=0.0))
-    terms = distillation_step(losses, Uniform(), panel)(
-        net(4, seed=3).eval(), batch_of(dataset, torch.arange(8))
-    )
+    terms = distillation_step(losses, Uniform(), panel)(net(4, seed=3).eval(), batch_of(dataset, torch.arange(8)))
     assert list(terms) == ["kd", "kd_2", "cross_entropy"]
     torch.testing.assert_close(terms["kd"] * 4, terms["kd_2"])
     assert terms["cross_entropy"] == 0
@@ -168,11 +161,9 @@ def test_distillation_on_its_own_start_stays_there(dataset, tmp_path):
     """A teacher equal to the student gives zero gradient: nothing moves but float16 rounding of the logits."""
     student = net(4, seed=3)
     stored = store(student, dataset, tmp_path)
-    terms = distillation_step((Kd(),), Uniform(), [stored])(
-        student.eval(), batch_of(dataset, torch.arange(16))
-    )
+    terms = distillation_step((Kd(),), Uniform(), [stored])(student.eval(), batch_of(dataset, torch.arange(16)))
     terms["kd"].backward()
-    assert float(terms["kd"]) < 1e-5
+    assert float(terms["kd"].detach()) < 1e-5
     assert all(float(p.grad.abs().max()) < 1e-2 for p in student.parameters())
 
 
@@ -190,9 +181,7 @@ def test_empty_panel_is_the_control_arm(dataset):
 def test_label_smoothing_reaches_plain_training(dataset):
     batch, student = batch_of(dataset, torch.arange(16)), net(4, seed=3).eval()
     smoothed = plain_step(0.2)(student, batch)["cross_entropy"]
-    torch.testing.assert_close(
-        smoothed, F.cross_entropy(student(batch.images), batch.labels, label_smoothing=0.2)
-    )
+    torch.testing.assert_close(smoothed, F.cross_entropy(student(batch.images), batch.labels, label_smoothing=0.2))
 
 
 def test_students_of_other_seeds_share_stored_outputs(dataset, teachers, panel, tmp_path):
@@ -230,9 +219,7 @@ def test_same_seed_same_student(dataset, panel):
 def test_teacher_of_other_classes_is_refused(dataset, teachers, tmp_path):
     other = Dataset(**{**dataset.__dict__, "class_names": ("a", "b", "c")})
     stored = store(net(4, seed=1, classes=3), other, tmp_path)
-    with pytest.raises(
-        ShapeError, match=r"Teacher 0 of the panel has 3 classes .* expected the 4 of data set"
-    ):
+    with pytest.raises(ShapeError, match=r"Teacher 0 of the panel has 3 classes .* expected the 4 of data set"):
         run(net(4, seed=3), [stored], dataset, DistillConfig(train=TRAIN, views=2))
 
 

@@ -23,9 +23,7 @@ def test_convolution_and_linear_by_hand():
 
 def test_attention_products_count():
     tokens, width = 49, 32
-    model = VisionTransformer(stem="patch", width=width, depth=1, num_heads=2, mlp_ratio=2).build(
-        10, (1, 28, 28)
-    )
+    model = VisionTransformer(stem="patch", width=width, depth=1, num_heads=2, mlp_ratio=2).build(10, (1, 28, 28))
     linear = 28 * 28 * width + tokens * (4 + 4) * width**2 + width * 10
     attention = 2 * tokens**2 * width
     assert macs(model, (1, 28, 28)) == linear + attention
@@ -52,9 +50,7 @@ def test_model_is_left_as_it_was(training):
 
 
 def test_stride_two_in_the_stem_quarters_the_rest():
-    near, far = (
-        PlainCnn(strides=(1, 1, 1), stem_stride=stride).build(10, (1, 32, 32)) for stride in (1, 2)
-    )
+    near, far = (PlainCnn(strides=(1, 1, 1), stem_stride=stride).build(10, (1, 32, 32)) for stride in (1, 2))
     head = 128 * 10
     assert macs(near, (1, 32, 32)) - head == 4 * (macs(far, (1, 32, 32)) - head)
     assert params(near) == params(far)

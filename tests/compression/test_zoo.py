@@ -1,5 +1,7 @@
 """Every family: builds for the usual image shapes, trains, exports with a dynamic batch, suits int8."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from pydantic import ValidationError
@@ -29,6 +31,14 @@ TINY: list[AnyModel] = [
 ]
 CONVOLUTIONAL = [config for config in TINY if isinstance(config, ResidualCnn | PlainCnn | DepthwiseCnn)]
 DEFAULTS: list[AnyModel] = [ResidualCnn(), PlainCnn(), DepthwiseCnn(), VisionTransformer(), Mixer()]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def names(config: AnyModel) -> str:
@@ -68,13 +78,13 @@ def test_a_few_steps_learn_a_small_batch(config):
     inputs, labels = images((1, 8, 8), 16), torch.arange(16) % 4
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     losses = []
-    for _ in range(60):
+    for _ in range(40):
         loss = F.cross_entropy(model(inputs), labels)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    assert losses[-1] < 0.2 < losses[0]
+    assert losses[-1] < losses[0] / 4
 
 
 @pytest.mark.parametrize("config", CONVOLUTIONAL, ids=names)

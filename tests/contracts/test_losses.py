@@ -98,9 +98,7 @@ def test_order_of_the_batch_changes_nothing(loss):
 def test_order_of_the_teachers_changes_nothing(loss):
     student, teachers, labels = inputs()
     swapped = TeacherOutputs(teachers.logits.flip(0), teachers.weights.flip(0))
-    torch.testing.assert_close(
-        loss(Outputs(student), swapped, labels), loss(Outputs(student), teachers, labels)
-    )
+    torch.testing.assert_close(loss(Outputs(student), swapped, labels), loss(Outputs(student), teachers, labels))
 
 
 def test_is_a_mean_over_the_batch(loss):
@@ -167,9 +165,7 @@ def test_invariant_to_a_shift_of_any_row(loss):
 def test_kd_is_zero_at_the_teacher_up_to_a_shift(seed, batch, classes, temperature):
     teacher = randn(1, batch, classes, seed=seed).double()
     student = teacher[0] + randn(batch, 1, seed=seed + 1).double()
-    value = Kd(temperature=temperature).build()(
-        Outputs(student), panel(teacher), torch.zeros(batch, dtype=torch.int64)
-    )
+    value = Kd(temperature=temperature).build()(Outputs(student), panel(teacher), torch.zeros(batch, dtype=torch.int64))
     assert abs(float(value)) < 1e-10
 
 
@@ -194,9 +190,7 @@ def test_kd_gradient_is_the_difference_of_softened_distributions(seed, batch, cl
 def test_kd_at_high_temperature_matches_centred_logits():
     """T -> infinity: 1/(2C) of the squared distance of row-centred logits, mean over the batch."""
     student, teacher = randn(16, 10).double() * 3, randn(1, 16, 10, seed=1).double() * 3
-    value = Kd(temperature=100.0).build()(
-        Outputs(student), panel(teacher), torch.zeros(16, dtype=torch.int64)
-    )
+    value = Kd(temperature=100.0).build()(Outputs(student), panel(teacher), torch.zeros(16, dtype=torch.int64))
     gap = (student - student.mean(1, keepdim=True)) - (teacher[0] - teacher[0].mean(1, keepdim=True))
     limit = gap.square().sum(1).mean() / 20
     torch.testing.assert_close(value, limit, rtol=2e-2, atol=0)
@@ -231,9 +225,7 @@ def test_kd_differs_from_soft_cross_entropy_by_the_teachers_entropy():
     probs = teachers.probs(1.0)
     soft = -(probs * student.log_softmax(-1)).sum(1).mean()
     entropy = -(probs * probs.log()).sum(1).mean()
-    torch.testing.assert_close(
-        Kd(temperature=1.0).build()(Outputs(student), teachers, labels), soft - entropy
-    )
+    torch.testing.assert_close(Kd(temperature=1.0).build()(Outputs(student), teachers, labels), soft - entropy)
 
 
 @pytest.mark.parametrize("shape", [(1, BATCH, CLASSES + 1), (1, 1, CLASSES), (BATCH, CLASSES)])

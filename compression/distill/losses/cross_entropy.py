@@ -12,9 +12,7 @@ from compression.distill.types import LossFn
 from compression.types import Frozen, Outputs, TeacherOutputs
 
 
-def cross_entropy(
-    student: Outputs, teachers: TeacherOutputs, labels: Tensor, *, label_smoothing: float
-) -> Tensor:
+def cross_entropy(student: Outputs, teachers: TeacherOutputs, labels: Tensor, *, label_smoothing: float) -> Tensor:
     """Return the mean negative log-likelihood of the labels int64 [B] under student logits [B,C], in nats.
 
     The teachers are not looked at.
