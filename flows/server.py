@@ -147,7 +147,7 @@ def _holder(port: int) -> str:
     return ""
 
 
-def child_environment(ports: Mapping[str, int]) -> dict[str, str]:
+def child_environment(ports: Mapping[str, int], folder: Path) -> dict[str, str]:
     """What every child sees: this project's Prefect home and server, MLflow's place, no job runners."""
     prepare_prefect()
     api = f"http://{HOST}:{ports['Prefect']}/api"
@@ -158,14 +158,14 @@ def child_environment(ports: Mapping[str, int]) -> dict[str, str]:
         "PREFECT_UI_API_URL": api,
         "STILLHOUSE_MLFLOW_UI": f"http://{HOST}:{ports['MLflow']}",
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
-        "PYTHONPATH": os.pathsep.join([str(settings().root), *filter(None, [os.environ.get("PYTHONPATH")])]),
+        "PYTHONPATH": os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]),
     }
 
 
 def _start(
     programs: list[Child], ports: Mapping[str, int], file: Path, folder: Path, console: Console, stop: threading.Event
 ) -> Running:
-    environment = child_environment(ports)
+    environment = child_environment(ports, folder)
     logs = settings().home_dir / "logs"
     api = environment["PREFECT_API_URL"]
     found = Running(f"http://{HOST}:{ports['Prefect']}", api, environment["STILLHOUSE_MLFLOW_UI"])
