@@ -130,9 +130,7 @@ def test_every_trial_is_a_row_and_finalists_load(tmp_path):
     rows = rows_of(tmp_path)
     assert tuple(rows[0]) == COLUMNS
     assert [int(row["number"]) for row in rows] == [trial.number for trial in result.trials]
-    assert {int(row["number"]) for row in rows if row["on_front"] == "True"} == {
-        trial.number for trial in result.front
-    }
+    assert {int(row["number"]) for row in rows if row["on_front"] == "True"} == {trial.number for trial in result.front}
     assert json.loads(rows[0]["choices"]) == result.trials[0].choices
 
     assert len(result.finalists) == 2
@@ -212,9 +210,7 @@ def test_one_architecture_is_not_trained_twice(tmp_path):
 
 
 def test_criteria_compete_although_they_give_one_architecture(tmp_path):
-    spaces = tuple(
-        Prune(parent="teacher", ratios=(0.5,), criterion=criterion) for criterion in ("magnitude", "taylor")
-    )
+    spaces = tuple(Prune(parent="teacher", ratios=(0.5,), criterion=criterion) for criterion in ("magnitude", "taylor"))
     result = search(tmp_path, config_of(spaces=spaces, trials=2))
     assert [trial.state for trial in result.trials] == ["complete", "complete"]
     assert {trial.space for trial in result.trials} == {"prune-teacher-magnitude", "prune-teacher-taylor"}
