@@ -291,16 +291,28 @@ def _key_number(
 
 
 def _landmarks(run: RunFolder) -> list[Mapping[str, Any]]:
-    # The teachers and what shipped; searched candidates are drawn as points.
+    # The teachers and what shipped, at the batch size the search measured; candidates are drawn as points.
+    batch = _search_batch(run)
     wanted = [row for row in run.comparison if row.get("role") == "teacher" or row.get("verdict") == "ships"]
+    at_batch = [row for row in wanted if row.get("batch") == batch]
     chosen: dict[Any, Mapping[str, Any]] = {}
-    for row in sorted(wanted, key=_batch):
+    for row in at_batch or wanted:
         chosen.setdefault(row.get("id"), row)
     return list(chosen.values())
 
 
 def _batch(row: Mapping[str, Any]) -> float:
     return row.get("batch") or float("inf")
+
+
+def _search_batch(run: RunFolder) -> int | None:
+    import yaml
+
+    try:
+        recipe = yaml.safe_load(run.recipe) or {}
+        return int(recipe["search"]["batch"])
+    except (yaml.YAMLError, KeyError, TypeError, ValueError):
+        return None
 
 
 def _as_column(column: Column) -> tuple[str, str, str, str]:
