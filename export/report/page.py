@@ -160,7 +160,7 @@ def pipeline(lineage: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
             "state": _state(entries),
             "count": len(entries),
             "cached": sum(bool(e.get("cached")) for e in entries),
-            "names": [str(e["name"]) for e in entries if not is_missing(e.get("name"))],
+            "names": _few([str(e["name"]) for e in entries if not is_missing(e.get("name"))]),
             "seconds": show(totals[name], "seconds")
             if any("seconds" in e for e in entries)
             else NOT_MEASURED,
@@ -168,6 +168,11 @@ def pipeline(lineage: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
         }
         for name, entries in stages.items()
     ]
+
+
+def _few(names: Sequence[str], limit: int = 4) -> list[str]:
+    shown = list(dict.fromkeys(names))
+    return shown if len(shown) <= limit else [*shown[: limit - 1], f"and {len(shown) - limit + 1} more"]
 
 
 def table(rows: Sequence[Mapping[str, Any]], columns: Sequence[tuple[str, str, str, str]]) -> dict[str, Any]:
