@@ -89,15 +89,17 @@ def normalise(images: Tensor, preprocessing: Preprocessing) -> Tensor:
     The arithmetic is one multiplication and one subtraction per pixel, so that a pixel value gives the same
     bits in every batch. The input is not modified.
     """
-    factor, shift = _affine(preprocessing, images.device)
+    factor, shift = _affine(preprocessing.scale, preprocessing.mean, preprocessing.std, images.device)
     return images.to(torch.float32).mul(factor).sub_(shift)
 
 
 @lru_cache(maxsize=32)
-def _affine(preprocessing: Preprocessing, device: torch.device) -> tuple[Tensor, Tensor]:
-    mean = torch.tensor(preprocessing.mean, dtype=torch.float64)
-    std = torch.tensor(preprocessing.std, dtype=torch.float64)
-    factor = (1.0 / (preprocessing.scale * std)).to(torch.float32).view(1, -1, 1, 1)
+def _affine(
+    scale: float, means: tuple[float, ...], stds: tuple[float, ...], device: torch.device
+) -> tuple[Tensor, Tensor]:
+    mean = torch.tensor(means, dtype=torch.float64)
+    std = torch.tensor(stds, dtype=torch.float64)
+    factor = (1.0 / (scale * std)).to(torch.float32).view(1, -1, 1, 1)
     shift = (mean / std).to(torch.float32).view(1, -1, 1, 1)
     return factor.to(device), shift.to(device)
 
@@ -120,7 +122,8 @@ def _shift_flip(images: Tensor, words: np.ndarray, *, pad: int, flip: bool) -> T
     mirrored = (words >> np.uint64(63)).astype(bool) & flip
     if images.device.type == "cpu":
         return _windows(images, dy, dx, mirrored, pad)
-    return _gather(images, *(torch.from_numpy(a).to(images.device) for a in (dy, dx, mirrored)), pad)
+    on_device = [torch.from_numpy(each).to(images.device) for each in (dy, dx, mirrored)]
+    return _gather(images, on_device[0], on_device[1], on_device[2], pad)
 
 
 def _windows(images: Tensor, dy: np.ndarray, dx: np.ndarray, mirrored: np.ndarray, pad: int) -> Tensor:

@@ -65,14 +65,10 @@ class BenchmarkJob(Frozen):
     @model_validator(mode="after")
     def _reference_is_a_model(self) -> "BenchmarkJob":
         if self.reference not in self.models:
-            raise ValueError(
-                f"reference '{self.reference}' is not a model, expected one of {sorted(self.models)}."
-            )
+            raise ValueError(f"reference '{self.reference}' is not a model, expected one of {sorted(self.models)}.")
         clash = [name for name in self.models if name.endswith(AGAIN)]
         if clash:
-            raise ValueError(
-                f"model '{clash[0]}' ends in '{AGAIN}', which is kept for the reference. Rename it."
-            )
+            raise ValueError(f"model '{clash[0]}' ends in '{AGAIN}', which is kept for the reference. Rename it.")
         return self
 
 
@@ -86,9 +82,7 @@ def run_benchmark(job: BenchmarkJob, folder: Path) -> BenchmarkResult:
     """
     for name, path in job.models.items():
         if not path.is_file():
-            raise ExportError(
-                f"Model '{name}' has no file at '{path}', expected an ONNX file. Export it first."
-            )
+            raise ExportError(f"Model '{name}' has no file at '{path}', expected an ONNX file. Export it first.")
     folder.mkdir(parents=True, exist_ok=True)
     raw_path = folder / "latency_raw.csv"
     entrants = {**job.models, job.reference + AGAIN: job.models[job.reference]}

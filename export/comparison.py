@@ -44,16 +44,12 @@ COLUMNS: tuple[Column, ...] = (
     Column("seed", "seed", "seed of the run", "count"),
     Column("accuracy", "accuracy", "share of correct answers on the test split", "share", main=True),
     Column("accuracy_top5", "top-5", "the right class is among the five most probable", "share"),
-    Column(
-        "delta_teacher", "vs teacher", "accuracy minus the best teacher's, in points", "points", main=True
-    ),
+    Column("delta_teacher", "vs teacher", "accuracy minus the best teacher's, in points", "points", main=True),
     Column("delta_control", "vs control", "accuracy minus its control's, in points", "points"),
     Column("drop_low", "drop, low", "lower 95 % bound of the accuracy lost to the best teacher", "points"),
     Column("drop_high", "drop, high", "upper 95 % bound of it", "points"),
     Column("worst_class_drop", "worst class", "largest accuracy drop of one class", "points"),
-    Column(
-        "agreement_teacher", "agreement", "share of samples on which it answers like the teacher", "share"
-    ),
+    Column("agreement_teacher", "agreement", "share of samples on which it answers like the teacher", "share"),
     Column("flips", "flips", "share of answers changed by the last conversion", "share"),
     Column("nll", "NLL", "negative log-likelihood, nats", "number"),
     Column("ece", "ECE", "expected calibration error over 15 bins", "number", main=True),
@@ -79,9 +75,7 @@ COLUMNS: tuple[Column, ...] = (
     Column("latency_p99_ms", "p99", "99th percentile", "ms"),
     Column("latency_std_ms", "std", "standard deviation of the calls", "ms"),
     Column("throughput_per_s", "images/s", "images per second at the median", "number"),
-    Column(
-        "ratio_to_reference", "time ratio", "median of per-round ratios to the reference", "ratio", main=True
-    ),
+    Column("ratio_to_reference", "time ratio", "median of per-round ratios to the reference", "ratio", main=True),
     Column("energy_j", "energy", "joules per inference", "number"),
     Column("parity_max_abs", "max diff", "largest logit difference to the torch model", "number"),
     Column("parity_kl", "parity KL", "KL divergence to the torch model, nats", "number"),
@@ -96,7 +90,9 @@ BY_NAME = {column.name: column for column in COLUMNS}
 
 def is_missing(value: object) -> bool:
     """Whether a cell holds nothing: absent, empty, NaN, or the words for it."""
-    return value is None or value in ("", NONE, NOT_RUN, NOT_MEASURED) or (isinstance(value, float) and math.isnan(value))
+    return (
+        value is None or value in ("", NONE, NOT_RUN, NOT_MEASURED) or (isinstance(value, float) and math.isnan(value))
+    )
 
 
 def show(value: object, kind: str = "text", missing: str = NOT_MEASURED) -> str:
@@ -136,9 +132,7 @@ def write_comparison(rows: Iterable[Row], path: Path) -> None:
         for row in rows:
             unknown = sorted(set(row) - set(BY_NAME))
             if unknown:
-                raise ValueError(
-                    f"Row '{row.get('id')}' has unknown columns {unknown}, expected only known ones."
-                )
+                raise ValueError(f"Row '{row.get('id')}' has unknown columns {unknown}, expected only known ones.")
             writer.writerow(
                 column.missing if is_missing(row.get(column.name)) else row[column.name] for column in COLUMNS
             )
@@ -221,8 +215,7 @@ def pareto_flags(points: Sequence[tuple[float, float]]) -> list[bool]:
     def beaten(i: int) -> bool:
         cost, value = points[i]
         return any(
-            finite[j] and c <= cost and v >= value and (c < cost or v > value)
-            for j, (c, v) in enumerate(points)
+            finite[j] and c <= cost and v >= value and (c < cost or v > value) for j, (c, v) in enumerate(points)
         )
 
     return [finite[i] and not beaten(i) for i in range(len(points))]

@@ -75,17 +75,13 @@ def worst_class_drop(
     classes = labels.unique().tolist()
     each = 1 - (1 - level) / len(classes)
     drops = [
-        accuracy_drop(
-            reference_correct[labels == label], candidate_correct[labels == label], level=each, seed=seed
-        )
+        accuracy_drop(reference_correct[labels == label], candidate_correct[labels == label], level=each, seed=seed)
         for label in classes
     ]
     return max(drops, key=lambda drop: drop.estimate)
 
 
-def latency_facts(
-    result: BenchmarkResult, model: str, *, batch: int
-) -> dict[str, Interval | float | int | None]:
+def latency_facts(result: BenchmarkResult, model: str, *, batch: int) -> dict[str, Interval | float | int | None]:
     """The fields of ``Evidence`` that a benchmark fills in; unpack it with ``**``.
 
     Raises:
@@ -93,9 +89,7 @@ def latency_facts(
     """
     row = result.row(model, batch)
     return {
-        "latency_ratio": Interval(
-            estimate=row.ratio_to_reference, low=row.ratio_low, high=row.ratio_high, level=0.95
-        ),
+        "latency_ratio": Interval(estimate=row.ratio_to_reference, low=row.ratio_low, high=row.ratio_high, level=0.95),
         "latency_noise_floor": result.noise_floor(batch),
         "latency_p50_ms": row.latency_p50_ms,
         "latency_p95_ms": Interval(

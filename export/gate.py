@@ -51,9 +51,7 @@ class Policy(Frozen):
 def decide(policy: Policy, evidence: Evidence) -> Verdict:
     """The verdict on one file; ``ships`` is its own name when it is accepted."""
     if not evidence.ran:
-        reason = (
-            f"'{evidence.candidate}' was built, not run: this machine can't execute it. Nothing is proven."
-        )
+        reason = f"'{evidence.candidate}' was built, not run: this machine can't execute it. Nothing is proven."
         return Verdict(
             target=evidence.target,
             candidate=evidence.candidate,
@@ -209,8 +207,7 @@ def _latency(policy: Policy, evidence: Evidence) -> Iterator[Check]:
         else:
             outcome, reason = (
                 "inconclusive",
-                f"Its time is {found}; a difference counts {expected}. "
-                "More rounds on a quieter machine would tell.",
+                f"Its time is {found}; a difference counts {expected}. More rounds on a quieter machine would tell.",
             )
         yield Check(name=name, outcome=outcome, found=found, expected=expected, reason=reason)
     yield _limit(
@@ -225,9 +222,7 @@ def _latency(policy: Policy, evidence: Evidence) -> Iterator[Check]:
 
 def _size(policy: Policy, evidence: Evidence) -> Iterator[Check]:
     size = None if evidence.size_bytes is None else evidence.size_bytes / 1024
-    yield _fact(
-        "size budget", size, policy.max_size_kib, "File size", unit="KiB", digits=1, on_fail="infeasible"
-    )
+    yield _fact("size budget", size, policy.max_size_kib, "File size", unit="KiB", digits=1, on_fail="infeasible")
     if evidence.ran:
         peak = None if evidence.peak_rss_bytes is None else evidence.peak_rss_bytes / 2**20
         yield _fact(

@@ -121,8 +121,7 @@ def read_raw(path: Path) -> Samples:
             rounds = grouped.setdefault((row["model"], int(row["batch"])), {})
             rounds.setdefault(int(row["round"]), []).append(float(row["ms"]))
     return {
-        key: [np.array(rounds[turn], dtype=np.float64) for turn in sorted(rounds)]
-        for key, rounds in grouped.items()
+        key: [np.array(rounds[turn], dtype=np.float64) for turn in sorted(rounds)] for key, rounds in grouped.items()
     }
 
 
@@ -175,9 +174,7 @@ def timing_of(
     )
 
 
-def _p95_interval(
-    rounds: Sequence[NDArray[np.float64]], seed: int, resamples: int = 200
-) -> tuple[float, float]:
+def _p95_interval(rounds: Sequence[NDArray[np.float64]], seed: int, resamples: int = 200) -> tuple[float, float]:
     # Whole rounds are drawn, not calls: calls of one round share the machine's mood.
     rng = np.random.default_rng(seed)
     draws = rng.integers(0, len(rounds), (resamples, len(rounds)))

@@ -31,9 +31,7 @@ def choose_shipped(policy: Policy, files: Sequence[Evidence]) -> Verdict:
     passing = [evidence for evidence in files if verdicts[evidence.candidate].outcome == "accept"]
     if not passing:
         closest = best_of(list(verdicts.values()))
-        return closest.model_copy(
-            update={"reasons": (*closest.reasons, *_others(verdicts, closest.candidate))}
-        )
+        return closest.model_copy(update={"reasons": (*closest.reasons, *_others(verdicts, closest.candidate))})
     shipped = _fastest(passing)
     reasons = [_why(shipped, passing)]
     for evidence in files:
@@ -58,9 +56,7 @@ def why_not_faster(int8: Evidence, faster: Evidence) -> list[str]:
             "rest convert to float and back."
         )
     if int8.vnni is False:
-        found.append(
-            "This processor multiplies bytes without VNNI, so an integer layer gains little over a float one."
-        )
+        found.append("This processor multiplies bytes without VNNI, so an integer layer gains little over a float one.")
     if int8.num_nodes and int8.latency_p50_ms is not None:
         per_node = int8.latency_p50_ms * 1e3 / int8.num_nodes
         if per_node < MICROSECONDS_PER_NODE:
@@ -87,11 +83,7 @@ def _ratio(evidence: Evidence) -> float:
 
 
 def _why(shipped: Evidence, passing: Sequence[Evidence]) -> str:
-    ratio = (
-        f" at {shipped.latency_ratio.estimate:.0%} of {shipped.parent}'s time"
-        if shipped.latency_ratio
-        else ""
-    )
+    ratio = f" at {shipped.latency_ratio.estimate:.0%} of {shipped.parent}'s time" if shipped.latency_ratio else ""
     if len(passing) == 1:
         return f"'{shipped.candidate}' ships{ratio}: it is the only file that passes."
     return f"'{shipped.candidate}' ships{ratio}: the fastest of the {len(passing)} files that pass."
@@ -102,9 +94,7 @@ def _others(verdicts: dict[str, Verdict], chosen: str) -> list[str]:
     for name, verdict in verdicts.items():
         if name == chosen or verdict.outcome == "accept":
             continue
-        blocking: list[Check] = [
-            check for check in verdict.checks if check.outcome in ("fail", "inconclusive")
-        ]
+        blocking: list[Check] = [check for check in verdict.checks if check.outcome in ("fail", "inconclusive")]
         why = blocking[0].reason if blocking else (verdict.reasons or ("",))[0]
         lines.append(f"'{name}' does not ship ({verdict.outcome}): {why}")
     return lines

@@ -173,9 +173,7 @@ def side_by_side(
     return failures
 
 
-def latency_p50_ms(
-    path: Path, *, batch: int, threads: int = 1, warmup: int = 10, seconds: float = 0.3
-) -> float:
+def latency_p50_ms(path: Path, *, batch: int, threads: int = 1, warmup: int = 10, seconds: float = 0.3) -> float:
     """Median latency of one ONNX file in this process, in ms; a quick look for searches, not for reports.
 
     Only comparable with other values taken in the same few minutes; reports use ``export.benchmark``.
@@ -200,9 +198,7 @@ def main(arguments: Sequence[str]) -> None:
     with raw_path.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(RAW_COLUMNS)
-        failures = side_by_side(
-            {name: Path(path) for name, path in job["entrants"].items()}, job, writer.writerow
-        )
+        failures = side_by_side({name: Path(path) for name, path in job["entrants"].items()}, job, writer.writerow)
     facts = {"failures": failures, "load_before": load_before, "load_after": os.getloadavg()}
     out_path.write_text(json.dumps(facts))
 

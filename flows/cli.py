@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -66,7 +66,7 @@ def compress(
     from flows.progress import terminal_progress
 
     with terminal_progress(console):
-        summary = flow(loaded, restart_from=from_stage)
+        summary: Any = flow(loaded, restart_from=from_stage)
     _show(summary)
 
 

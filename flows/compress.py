@@ -12,9 +12,11 @@ from tasks.settings import prepare_prefect
 
 prepare_prefect()
 
-from prefect import flow, runtime  # noqa: E402
+from prefect import flow  # noqa: E402
 from prefect.artifacts import create_link_artifact, create_markdown_artifact, create_table_artifact  # noqa: E402
-from prefect.states import Completed, State  # noqa: E402
+from prefect.client.schemas.objects import State  # noqa: E402
+from prefect.runtime import flow_run  # noqa: E402
+from prefect.states import Completed  # noqa: E402
 
 from compression.data import check_source  # noqa: E402
 from compression.teacher_outputs import OutputsSpec  # noqa: E402
@@ -311,11 +313,11 @@ def run_recipe(
     store = preflight(recipe)
     set_threads(settings().threads)
     tags = {"recipe": recipe.name}
-    if runtime.flow_run.id:
+    if flow_run.id:
         tags |= {
-            "prefect.flow_run_id": str(runtime.flow_run.id),
-            "prefect.flow_run_name": str(runtime.flow_run.name),
-            "mlflow.note.content": f"[Prefect flow run]({runtime.flow_run.ui_url})",
+            "prefect.flow_run_id": str(flow_run.id),
+            "prefect.flow_run_name": str(flow_run.name),
+            "mlflow.note.content": f"[Prefect flow run]({flow_run.ui_url})",
         }
     with tracking.recipe_run(recipe.name, {"recipe": recipe}, tags) as parent:
         runs = runner(index=StageIndex(store), parent_run=parent, report=report, force_from=restart_from)

@@ -9,7 +9,8 @@ prepare_prefect()
 
 from prefect import flow, get_run_logger  # noqa: E402
 from prefect.artifacts import create_table_artifact  # noqa: E402
-from prefect.states import Completed, Failed, State  # noqa: E402
+from prefect.client.schemas.objects import State  # noqa: E402
+from prefect.states import Completed, Failed  # noqa: E402
 
 from compression.errors import StillhouseError  # noqa: E402
 from flows.compress import compress  # noqa: E402
@@ -28,7 +29,7 @@ def nightly(recipes: list[str] = ["recipes/digits.yaml"]) -> State[list[dict[str
     rows: list[dict[str, Any]] = []
     for path in recipes:
         try:
-            summary = compress(load_recipe(_resolve(path)))
+            summary: Any = compress(load_recipe(_resolve(path)))
             row = {
                 "recipe": path,
                 "outcome": summary["outcome"],

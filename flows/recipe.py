@@ -4,7 +4,7 @@ import difflib
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 from pydantic import BaseModel, Field, PositiveInt, ValidationError, model_validator
@@ -251,7 +251,7 @@ def _apply(raw: dict[str, Any], override: str) -> None:
         _refuse_override(override, parts, target)
 
 
-def _refuse_override(override: str, parts: Sequence[Any], target: Any) -> None:
+def _refuse_override(override: str, parts: Sequence[Any], target: Any) -> NoReturn:
     choices = [str(key) for key in target] if isinstance(target, dict) else [str(n) for n in range(len(target or ()))]
     close = difflib.get_close_matches(str(parts[-1]), choices, n=1)
     raise RecipeError(

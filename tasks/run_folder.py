@@ -273,10 +273,11 @@ def environment(recipe: Mapping[str, Any]) -> dict[str, Any]:
 def _write_parity(path: Path, rungs: Sequence[Mapping[str, Any]]) -> None:
     columns = ("name", "against", "status", "top1", "flips", "kl", "max_abs", "mean_abs", "floor", "note")
     with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns, extrasaction="ignore")
+        writer = csv.DictWriter(file, list(columns))
         writer.writeheader()
         for rung in rungs:
-            writer.writerow({**rung, **(rung["parity"] or {})})
+            row: dict[str, Any] = {**rung, **(rung["parity"] or {})}
+            writer.writerow({key: value for key, value in row.items() if key in columns})
 
 
 def _write_teachers(

@@ -11,7 +11,7 @@ import socket
 import sqlite3
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -147,16 +147,13 @@ def client() -> "MlflowClient":
 def _check_database(path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with sqlite3.connect(path, timeout=20) as connection:
+        with closing(sqlite3.connect(path, timeout=20)) as connection:
             connection.execute("BEGIN IMMEDIATE")
             connection.rollback()
     except (OSError, sqlite3.Error) as error:
         raise ArtifactError(
             f"MLflow database '{path}' cannot be written ({error}). Fix its permissions, or set STILLHOUSE_MLFLOW_URI."
         ) from error
-    finally:
-        if "connection" in locals():
-            connection.close()
 
 
 @cache
@@ -264,6 +261,7 @@ def register_model(
     import mlflow
     import numpy as np
     import onnx
+    from mlflow import onnx as onnx_flavour
     from mlflow.models import ModelSignature
     from mlflow.types import Schema, TensorSpec
 
@@ -277,7 +275,7 @@ def register_model(
         schemas.append(Schema(tensors))
     mlflow.set_tracking_uri(settings().tracking_uri)
     with mlflow.start_run(run_id=run.id):
-        info = mlflow.onnx.log_model(
+        info = onnx_flavour.log_model(
             model,
             name="model",
             registered_model_name=name,
@@ -285,7 +283,7 @@ def register_model(
             pip_requirements=list(requirements),
             save_as_external_data=False,
         )
-    version = int(info.registered_model_version)
+    version = int(info.registered_model_version or 0)
     client().set_registered_model_alias(name, alias, str(version))
     for key, value in tags.items():
         client().set_model_version_tag(name, str(version), key, value)

@@ -12,9 +12,7 @@ from compression.data.source import DataConfig, Pool, ReadFn, Source, checked_im
 from compression.data.splits import SplitConfig
 from compression.errors import DataError
 
-_FORM = (
-    "an .npz with 'images' ([N, H, W] or [N, C, H, W], uint8 or float32) and 'labels' ([N], whole numbers)"
-)
+_FORM = "an .npz with 'images' ([N, H, W] or [N, C, H, W], uint8 or float32) and 'labels' ([N], whole numbers)"
 _WAY_OUT = "Write one with numpy.savez(path, images=..., labels=...), and set data.path to it."
 
 

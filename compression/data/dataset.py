@@ -63,9 +63,14 @@ class Dataset:
 class DataSource(Protocol):
     """What every config of a data source offers."""
 
-    limit: int | None
-    on_leak: str
-    split: HeldOutConfig
+    @property
+    def limit(self) -> int | None: ...
+
+    @property
+    def on_leak(self) -> str: ...
+
+    @property
+    def split(self) -> HeldOutConfig: ...
 
     def build(self) -> ReadFn: ...
 
@@ -148,9 +153,7 @@ def _refuse_empty_classes(source: Source) -> None:
         counts = np.bincount(pool.labels, minlength=len(source.class_names))
         empty = [source.class_names[label] for label in np.flatnonzero(counts == 0)]
         if empty:
-            shown = ", ".join(
-                f"{name}: {count}" for name, count in zip(source.class_names, counts, strict=True)
-            )
+            shown = ", ".join(f"{name}: {count}" for name, count in zip(source.class_names, counts, strict=True))
             raise DataError(
                 f"Class '{empty[0]}' of '{pool.origin}' has 0 samples, expected at least one ({shown[:400]}). "
                 "Add samples, or leave the class out."

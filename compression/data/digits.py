@@ -26,9 +26,9 @@ class Digits(DataConfig):
 def _read(config: Digits, seed: int) -> Source:
     from sklearn.datasets import load_digits
 
-    digits = load_digits()
-    images = np.asarray(digits.images).astype(np.uint8)
-    labels = checked_labels(np.asarray(digits.target), num_classes=10, origin="digits")
+    features, target = load_digits(return_X_y=True)
+    images = np.asarray(features).reshape(-1, 8, 8).astype(np.uint8)
+    labels = checked_labels(np.asarray(target), num_classes=10, origin="digits")
     pool = Pool(
         images=checked_images(images, num_labels=len(labels), origin="digits"),
         labels=labels,

@@ -45,11 +45,7 @@ class FashionMnist(DataConfig):
         Raises:
             DataError: names the missing ones and says how to get them.
         """
-        stems = [
-            f"{stem}-{what}"
-            for stem in _STEMS.values()
-            for what in ("images-idx3-ubyte", "labels-idx1-ubyte")
-        ]
+        stems = [f"{stem}-{what}" for stem in _STEMS.values() for what in ("images-idx3-ubyte", "labels-idx1-ubyte")]
         missing = [stem for stem in stems if idx_path(self.root, stem) is None]
         if missing:
             raise DataError(
@@ -76,9 +72,7 @@ def _pool(root: Path, name: str, *, first_id: int) -> Pool:
     labels_path = idx_path(root, f"{_STEMS[name]}-labels-idx1-ubyte")
     assert images_path is not None
     assert labels_path is not None
-    labels = checked_labels(
-        read_idx(labels_path, ndim=1), num_classes=len(CLASS_NAMES), origin=str(labels_path)
-    )
+    labels = checked_labels(read_idx(labels_path, ndim=1), num_classes=len(CLASS_NAMES), origin=str(labels_path))
     images = checked_images(read_idx(images_path, ndim=3), num_labels=len(labels), origin=str(images_path))
     ids = np.arange(first_id, first_id + len(labels), dtype=np.int64)
     return Pool(images=images, labels=labels, ids=ids, origin=str(images_path))

@@ -29,9 +29,7 @@ def read_idx(path: Path, *, ndim: int) -> np.ndarray:
     try:
         raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     except (OSError, EOFError, zlib.error) as error:
-        raise DataError(
-            f"File '{path}' cannot be read ({error}), expected a whole IDX file. {way_out}"
-        ) from error
+        raise DataError(f"File '{path}' cannot be read ({error}), expected a whole IDX file. {way_out}") from error
     header = 4 + 4 * ndim
     magic = (_UNSIGNED_BYTE << 8) | ndim
     found = int.from_bytes(raw[:4], "big")

@@ -58,9 +58,7 @@ class ImageFolder(DataConfig):
 
 def _places(root: Path) -> tuple[Path, Path | None]:
     if not root.is_dir():
-        raise DataError(
-            f"Folder '{root}' does not exist, expected one folder of images per class. Correct data.root."
-        )
+        raise DataError(f"Folder '{root}' does not exist, expected one folder of images per class. Correct data.root.")
     if (root / "train").is_dir() and (root / "test").is_dir():
         return root / "train", root / "test"
     return root, None
@@ -86,9 +84,7 @@ def _read(config: ImageFolder, seed: int) -> Source:
     for warning in warnings:
         logger.warning("%s", warning)
     own_test = pools[1] if test is not None else None
-    return Source(
-        config.root.name, tuple(names), train=pools[0], test=own_test, scale=255.0, warnings=tuple(warnings)
-    )
+    return Source(config.root.name, tuple(names), train=pools[0], test=own_test, scale=255.0, warnings=tuple(warnings))
 
 
 def _pool(config: ImageFolder, folder: Path, names: list[str], *, first_id: int) -> tuple[Pool, list[str]]:

@@ -64,9 +64,7 @@ def checked_labels(labels: np.ndarray, *, num_classes: int, origin: str) -> Labe
     expected = f"expected whole numbers from 0 to {num_classes - 1}"
     way_out = "Correct the file, or name all the classes (class_names)."
     if labels.ndim != 1:
-        raise DataError(
-            f"Labels of '{origin}' have shape {list(labels.shape)}, expected [N]. Store one per image."
-        )
+        raise DataError(f"Labels of '{origin}' have shape {list(labels.shape)}, expected [N]. Store one per image.")
     if labels.dtype.kind not in "iufb":
         raise DataError(f"Labels of '{origin}' have type {labels.dtype}, {expected}. {way_out}")
     if labels.dtype.kind == "f":
@@ -135,9 +133,7 @@ def check_classes(labels: Labels, class_names: tuple[str, ...], *, origin: str) 
     counts = np.bincount(labels, minlength=len(class_names))
     if (counts == 0).any():
         empty = ", ".join(f"'{class_names[i]}'" for i in np.flatnonzero(counts == 0)[:10])
-        table = ", ".join(
-            f"{name}: {count}" for name, count in zip(class_names[:50], counts[:50], strict=True)
-        )
+        table = ", ".join(f"{name}: {count}" for name, count in zip(class_names[:50], counts[:50], strict=True))
         raise DataError(
             f"Source '{origin}' has no sample of {empty}, expected samples of every class (counts: {table}). "
             "Add samples, or leave the class out."

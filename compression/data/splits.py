@@ -31,9 +31,7 @@ class HeldOutConfig(Frozen):
     def _leaves_train(self) -> Self:
         total = sum(self.shares.values())
         if total >= 1.0:
-            raise ValueError(
-                f"the shares add up to {total:.3f}, expected less than 1: the rest is the train split"
-            )
+            raise ValueError(f"the shares add up to {total:.3f}, expected less than 1: the rest is the train split")
         return self
 
 
@@ -86,8 +84,7 @@ def stratified_draw(
         quotas[np.argmax(quotas)] -= 1
     generator = generator_for(seed, "limit")
     rows = [
-        generator.permutation(np.flatnonzero(labels == label))[: quotas[label]]
-        for label in range(len(class_names))
+        generator.permutation(np.flatnonzero(labels == label))[: quotas[label]] for label in range(len(class_names))
     ]
     return np.sort(np.concatenate(rows)).astype(np.int64)
 

@@ -82,11 +82,7 @@ def labels_of(spaces: Sequence[Prune | Scale]) -> dict[str, Prune | Scale]:
     """The spaces under short names that tell them apart: ``prune-resnet-taylor``, ``scale-plain_cnn-2``."""
     named: dict[str, Prune | Scale] = {}
     for space in spaces:
-        name = (
-            f"prune-{space.parent}-{space.criterion}"
-            if isinstance(space, Prune)
-            else f"scale-{space.base.kind}"
-        )
+        name = f"prune-{space.parent}-{space.criterion}" if isinstance(space, Prune) else f"scale-{space.base.kind}"
         label, count = name, 1
         while label in named:
             count += 1
@@ -157,9 +153,7 @@ def attempt(
     except Exception as error:
         if isinstance(error, OSError) and not isinstance(error, TimeoutError):
             raise
-        logger.warning(
-            "trial %d (%s %s) failed", proposal.number, proposal.space, proposal.choices, exc_info=True
-        )
+        logger.warning("trial %d (%s %s) failed", proposal.number, proposal.space, proposal.choices, exc_info=True)
         reason = f"{type(error).__name__}: {error}"
         row = replace(row, state="failed", reason=reason, seconds=time.perf_counter() - started)
     return row, None

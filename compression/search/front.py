@@ -17,11 +17,7 @@ def dominates(left: Sequence[float], right: Sequence[float]) -> bool:
 def pareto_front(trials: Sequence[TrialResult]) -> tuple[TrialResult, ...]:
     """The complete trials no other one dominates, fastest first."""
     complete = [trial for trial in trials if trial.state == "complete"]
-    kept = [
-        trial
-        for trial in complete
-        if not any(dominates(other.objectives, trial.objectives) for other in complete)
-    ]
+    kept = [trial for trial in complete if not any(dominates(other.objectives, trial.objectives) for other in complete)]
     return tuple(sorted(kept, key=lambda trial: (trial.objectives[1], trial.objectives[0], trial.number)))
 
 

@@ -126,9 +126,7 @@ class Ledger:
             name: trial.suggest_categorical(name, values) for name, values in self._genome.items()
         }
         space = params["space"]
-        return Proposal(
-            trial.number, space, {gene: params[f"{space}.{gene}"] for gene in self._spaces[space]}
-        )
+        return Proposal(trial.number, space, {gene: params[f"{space}.{gene}"] for gene in self._spaces[space]})
 
     def tell(self, row: TrialResult, *, excess: float | None = None) -> None:
         """Record the outcome of the proposal with ``row.number``.
@@ -149,9 +147,7 @@ class Ledger:
             values = [row.accuracy, row.latency_p50_ms, float(row.size_bytes or 0)]
             self._study.tell(row.number, [float(value or 0.0) for value in values])
         else:
-            self._study.tell(
-                row.number, state=TrialState.FAIL if row.state == "failed" else TrialState.PRUNED
-            )
+            self._study.tell(row.number, state=TrialState.FAIL if row.state == "failed" else TrialState.PRUNED)
 
     def rows(self, folder: Path) -> list[TrialResult]:
         """Every finished trial, by number; one whose checkpoint is gone from ``folder`` is a failure."""
@@ -199,9 +195,7 @@ class Ledger:
         if self._sampler == "tpe":
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-                return optuna.samplers.TPESampler(
-                    seed=seed, n_startup_trials=self._population, multivariate=True
-                )
+                return optuna.samplers.TPESampler(seed=seed, n_startup_trials=self._population, multivariate=True)
         return optuna.samplers.NSGAIISampler(seed=seed, population_size=self._population)
 
 
@@ -214,17 +208,13 @@ def first_trials(spaces: Mapping[str, Genes]) -> list[tuple[str, dict[str, float
     for place in ("middle", "low", "high"):
         for space, genes in spaces.items():
             index = {"middle": None, "low": 0, "high": -1}[place]
-            choices = {
-                gene: values[len(values) // 2 if index is None else index] for gene, values in genes.items()
-            }
+            choices = {gene: values[len(values) // 2 if index is None else index] for gene, values in genes.items()}
             if (space, choices) not in picks:
                 picks.append((space, choices))
     return picks
 
 
-def drawn(
-    options: Sequence[tuple[str, dict[str, float | int]]], *, seed: int
-) -> tuple[str, dict[str, float | int]]:
+def drawn(options: Sequence[tuple[str, dict[str, float | int]]], *, seed: int) -> tuple[str, dict[str, float | int]]:
     """One of the options, as a function of the seed."""
     return options[random.Random(seed).randrange(len(options))]
 

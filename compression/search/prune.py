@@ -106,9 +106,9 @@ def prune_model(
 
     work = copy.deepcopy(model).eval().requires_grad_(True)
     device = next(work.parameters()).device
-    example = torch.randn(
-        (2, *spec.input_shape), generator=torch.Generator().manual_seed(0), dtype=torch.float32
-    ).to(device)
+    example = torch.randn((2, *spec.input_shape), generator=torch.Generator().manual_seed(0), dtype=torch.float32).to(
+        device
+    )
     if criterion == "taylor":
         _accumulate_gradients(work, cast("tuple[Tensor, Tensor]", calibration))
     cuts = _plan(work, example, ratio=ratio, round_to=round_to, score=chosen.build(seed=seed))
@@ -116,9 +116,7 @@ def prune_model(
     pruned.zero_grad(set_to_none=True)
     edits = diff_edits(model, pruned)
     if not edits:
-        logger.info(
-            "ratio %.3f leaves every width as it was: all are at or below round_to=%d", ratio, round_to
-        )
+        logger.info("ratio %.3f leaves every width as it was: all are at or below round_to=%d", ratio, round_to)
     new_spec = spec.model_copy(update={"edits": (*spec.edits, *edits)})
     return _rebuilt(pruned, new_spec, example), new_spec
 
@@ -196,9 +194,7 @@ def _ranked(
 
 
 def _is_attention(module: nn.Module) -> bool:
-    return isinstance(getattr(module, "qkv", None), nn.Linear) and isinstance(
-        getattr(module, "num_heads", None), int
-    )
+    return isinstance(getattr(module, "qkv", None), nn.Linear) and isinstance(getattr(module, "num_heads", None), int)
 
 
 def _rooted_at_projection(graph: Any, group: Any, attention: nn.Module) -> Any | None:
@@ -281,9 +277,7 @@ def _cut_all(model: nn.Module, example: Tensor, cuts: list[_Cut], spec: ModelSpe
         try:
             attempt([cut])
         except _BREAKAGE as error:
-            logger.warning(
-                "the channels of '%s' stay: cutting them breaks the model (%s)", names[cut.module], error
-            )
+            logger.warning("the channels of '%s' stay: cutting them breaks the model (%s)", names[cut.module], error)
         else:
             usable.append(cut)
     if not usable:

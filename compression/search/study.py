@@ -167,9 +167,7 @@ def run_study(
     return _result(config, _marked(rows), reference, folder)
 
 
-def _check(
-    config: Study, parents: Mapping[str, tuple[nn.Module, ModelSpec]], best_teacher: str | None
-) -> int | None:
+def _check(config: Study, parents: Mapping[str, tuple[nn.Module, ModelSpec]], best_teacher: str | None) -> int | None:
     """The MACs budget, None for none; raises when a name is unknown."""
     wanted = [space.parent for space in config.spaces if isinstance(space, Prune)]
     for name in [*wanted, *([best_teacher] if best_teacher is not None else [])]:
@@ -208,9 +206,7 @@ def _wants_more(config: Study, ledger: Ledger, rows: Sequence[TrialResult]) -> b
         return False
     unseen = ledger.unseen(rows)
     if not unseen:
-        logger.info(
-            "all candidates of all spaces were proposed after %d of %d trials", len(spent), config.trials
-        )
+        logger.info("all candidates of all spaces were proposed after %d of %d trials", len(spent), config.trials)
         return False
     if rejected >= REJECTED_PER_TRIAL * config.trials:
         logger.warning("search ends after %d of %d trials: %d rejected", len(spent), config.trials, rejected)
@@ -263,16 +259,12 @@ def _marked(rows: Sequence[TrialResult]) -> list[TrialResult]:
     return [replace(row, on_front=row.number in numbers) for row in rows]
 
 
-def _result(
-    config: Study, rows: list[TrialResult], reference: tuple[float, float] | None, folder: Path
-) -> StudyResult:
+def _result(config: Study, rows: list[TrialResult], reference: tuple[float, float] | None, folder: Path) -> StudyResult:
     front, compromise = pareto_front(rows), knee(rows)
     chosen = choose_finalists(rows, count=config.finalists, prefer=config.prefer)
     write_trials(folder / "trials.csv", rows, chosen, compromise)
     if compromise is None:
-        reasons = "; ".join(
-            sorted({f"{row.state}: {row.reason}" for row in rows if row.state != "duplicate"})[:5]
-        )
+        reasons = "; ".join(sorted({f"{row.state}: {row.reason}" for row in rows if row.state != "duplicate"})[:5])
         raise CompressionError(
             f"Search has 0 complete candidates of {len(rows)} proposals, expected at least one ({reasons}). "
             "Widen the budget or the spaces; every row is in trials.csv."

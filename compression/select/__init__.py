@@ -39,9 +39,7 @@ class SelectionReport(Frozen):
     """Chosen teachers, best first."""
 
 
-def rank_teachers(
-    outputs: Mapping[str, StoredOutputs], labels: Tensor, config: SelectConfig
-) -> SelectionReport:
+def rank_teachers(outputs: Mapping[str, StoredOutputs], labels: Tensor, config: SelectConfig) -> SelectionReport:
     """Score teachers on the validation split, labels int64 [N]; ties keep the recipe's order.
 
     Raises:

@@ -13,9 +13,7 @@ from compression.types import Frozen
 DISTANCE_FLOOR = 1e-9
 
 
-def tmi_score(
-    features: Tensor, logits: Tensor, labels: Tensor, *, neighbours: int, max_per_class: int
-) -> float:
+def tmi_score(features: Tensor, logits: Tensor, labels: Tensor, *, neighbours: int, max_per_class: int) -> float:
     """Class-conditional entropy of the features per dimension, in nats; higher is better.
 
     After TMI ("Transferability via Measuring Intra-class feature variance"): sum over classes of P(c) times the
@@ -38,9 +36,7 @@ def tmi_score(
             continue
         distances = np.sort(_max_norm_distances(rows), axis=1)[:, neighbours]
         entropy = (
-            -digamma(neighbours)
-            + digamma(count)
-            + width * np.mean(np.log(2 * np.maximum(distances, DISTANCE_FLOOR)))
+            -digamma(neighbours) + digamma(count) + width * np.mean(np.log(2 * np.maximum(distances, DISTANCE_FLOOR)))
         )
         total += count * float(entropy)
         weight += count

@@ -6,9 +6,7 @@ No activation works in place: a captured feature keeps the value it had when it 
 from torch import nn
 
 
-def conv_bn(
-    in_channels: int, out_channels: int, *, kernel: int, stride: int = 1, groups: int = 1
-) -> nn.Sequential:
+def conv_bn(in_channels: int, out_channels: int, *, kernel: int, stride: int = 1, groups: int = 1) -> nn.Sequential:
     """Convolution and batch norm; [B,in,H,W] -> [B,out,ceil(H/stride),ceil(W/stride)] for odd kernels."""
     return nn.Sequential(
         nn.Conv2d(in_channels, out_channels, kernel, stride, kernel // 2, groups=groups, bias=False),

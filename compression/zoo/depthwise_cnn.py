@@ -57,9 +57,7 @@ class DepthwiseNet(nn.Module):
 
     def __init__(self, config: DepthwiseCnn, num_classes: int, in_channels: int) -> None:
         super().__init__()
-        self.stem = conv_bn_relu(
-            in_channels, config.stem_width, kernel=config.stem_kernel, stride=config.stem_stride
-        )
+        self.stem = conv_bn_relu(in_channels, config.stem_width, kernel=config.stem_kernel, stride=config.stem_stride)
         blocks: list[nn.Module] = []
         for before, after, stride in config.block_plan():
             if stride != 1 or before != after:

@@ -55,9 +55,7 @@ class MixerNet(nn.Module):
         hidden = round(width * config.mlp_ratio)
         self.blocks = nn.Sequential(
             *(
-                MixerBlock(
-                    self.tokens.num_tokens, width, token_hidden=config.token_hidden, channel_hidden=hidden
-                )
+                MixerBlock(self.tokens.num_tokens, width, token_hidden=config.token_hidden, channel_hidden=hidden)
                 for _ in range(config.depth)
             )
         )

@@ -31,9 +31,7 @@ class PlainNet(nn.Module):
 
     def __init__(self, config: PlainCnn, num_classes: int, in_channels: int) -> None:
         super().__init__()
-        self.stem = conv_bn_relu(
-            in_channels, config.stem_width, kernel=config.stem_kernel, stride=config.stem_stride
-        )
+        self.stem = conv_bn_relu(in_channels, config.stem_width, kernel=config.stem_kernel, stride=config.stem_stride)
         self.blocks = nn.Sequential(
             *(
                 conv_bn_relu(before, after, kernel=config.kernel, stride=stride)

@@ -38,9 +38,7 @@ class ResidualNet(nn.Module):
 
     def __init__(self, config: ResidualCnn, num_classes: int, in_channels: int) -> None:
         super().__init__()
-        self.stem = conv_bn_relu(
-            in_channels, config.stem_width, kernel=config.stem_kernel, stride=config.stem_stride
-        )
+        self.stem = conv_bn_relu(in_channels, config.stem_width, kernel=config.stem_kernel, stride=config.stem_stride)
         self.blocks = nn.Sequential(
             *(
                 ResidualBlock(before, after, kernel=config.kernel, stride=stride)

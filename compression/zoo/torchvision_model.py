@@ -41,9 +41,7 @@ class TorchvisionModel(Frozen):
         elif self.name.startswith(("vit_", "maxvit")):
             if height != width:
                 raise unfit(self.name, input_shape, ValueError("only square ones"))
-            options = (
-                {"image_size": height} if self.name.startswith("vit_") else {"input_size": (height, width)}
-            )
+            options = {"image_size": height} if self.name.startswith("vit_") else {"input_size": (height, width)}
         try:
             model = models.get_model(self.name, weights=None, num_classes=num_classes, **options)
         except (RuntimeError, AssertionError, ValueError) as cause:

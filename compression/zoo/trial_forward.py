@@ -6,9 +6,7 @@ from torch import Tensor, nn
 from compression.errors import CheckpointError
 
 
-def check_forward(
-    model: nn.Module, name: str, *, num_classes: int, input_shape: tuple[int, int, int]
-) -> nn.Module:
+def check_forward(model: nn.Module, name: str, *, num_classes: int, input_shape: tuple[int, int, int]) -> nn.Module:
     """``model`` itself, once it gave logits [1,num_classes] for a blank image [C,H,W].
 
     Raises:

@@ -80,9 +80,7 @@ class TransformerBlock(nn.Module):
 class TransformerNet(nn.Module):
     """The module behind :class:`VisionTransformer`."""
 
-    def __init__(
-        self, config: VisionTransformer, num_classes: int, input_shape: tuple[int, int, int]
-    ) -> None:
+    def __init__(self, config: VisionTransformer, num_classes: int, input_shape: tuple[int, int, int]) -> None:
         super().__init__()
         width = config.width
         self.tokens = Tokens(
@@ -90,9 +88,7 @@ class TransformerNet(nn.Module):
         )
         self.positions = nn.Parameter(torch.randn(1, self.tokens.num_tokens, width) * 0.02)
         hidden = round(width * config.mlp_ratio)
-        self.blocks = nn.Sequential(
-            *(TransformerBlock(width, config.num_heads, hidden) for _ in range(config.depth))
-        )
+        self.blocks = nn.Sequential(*(TransformerBlock(width, config.num_heads, hidden) for _ in range(config.depth)))
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, num_classes)
 

@@ -8,6 +8,18 @@ from typing import Any
 from export.comparison import BY_NAME, COLUMNS, NOT_MEASURED, Column, is_missing, marginal_gains, show
 from export.report import plots
 from export.report.run_folder import RunFolder, open_run
+from export.report.tables import (
+    CALIBRATION,
+    LATENCY,
+    LINEAGE,
+    PARITY,
+    TRIALS,
+    columns_of,
+    lineage_rows,
+    stage_state,
+    table,
+    used_columns,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -25,22 +37,6 @@ KEY_NUMBERS = (
     ("macs", "Compute", "multiply-accumulates for one image"),
     ("size_bytes", "File size", "the file that ships"),
     ("latency_p50_ms", "Latency", "median of one call"),
-)
-
-PARITY_COLUMNS = ("name", "against", "status", "top1", "flips", "kl", "max_abs", "floor", "note")
-
-
-LINEAGE_COLUMNS = tuple(
-    (name, title, kind, "")
-    for name, title, kind in (
-        ("stage", "stage", "text"),
-        ("name", "name", "text"),
-        ("state", "state", "text"),
-        ("seconds", "time", "seconds"),
-        ("key", "key", "text"),
-        ("output", "output", "text"),
-        ("mlflow_run_id", "MLflow run", "text"),
-    )
 )
 
 
@@ -70,7 +66,9 @@ def contents(run: RunFolder) -> dict[str, Any]:
     floors = run.latency.noise_floors if run.latency else ()
     title, meaning = HEADLINES.get(outcome, (str(outcome), ""))
     teacher, shipped = best_teacher(run.comparison), shipped_row(run.comparison)
-    used = [c for c in COLUMNS if any(not is_missing(row.get(c.name)) for row in run.comparison)]
+    used = used_columns(COLUMNS, run.comparison)
+    front = sorted((t for t in run.trials if t.get("on_front")), key=lambda t: t.get("latency_p50_ms") or 0.0)
+    calibrated = list({row.get("id"): row for row in run.comparison if not is_missing(row.get("ece"))}.values())
     short = [column for column in used if column.main]
     return {
         "run": run,
@@ -86,17 +84,20 @@ def contents(run: RunFolder) -> dict[str, Any]:
         "key_numbers": [_key_number(*which, teacher, shipped) for which in KEY_NUMBERS],
         "pipeline": pipeline(run.lineage),
         "total_seconds": show(sum(e.get("seconds") or 0.0 for e in run.lineage) or None, "seconds"),
-        "lineage_table": table(_lineage_rows(run.lineage), LINEAGE_COLUMNS),
-        "short_table": table(run.comparison, [_as_column(c) for c in short]),
-        "full_table": table(run.comparison, [_as_column(c) for c in used]),
+        "lineage_table": table(lineage_rows(run.lineage), LINEAGE),
+        "short_table": table(run.comparison, short),
+        "full_table": table(run.comparison, used),
         "unmeasured": [c.title for c in COLUMNS if c not in used],
-        "teacher_table": table(run.teachers, _guess_columns(run.teachers)),
-        "parity_table": table(run.parity, _parity_columns(run.parity)),
+        "teacher_table": table(run.teachers, columns_of(run.teachers)),
+        "parity_table": table(run.parity, used_columns(PARITY, run.parity)),
         "reference": run.latency.reference if run.latency else "the reference",
-        "latency_table": table(timings, _latency_columns()),
+        "latency_table": table(timings, LATENCY),
         "noise_floors": [(floor.batch, show(floor.spread, "share")) for floor in floors],
         "latency_failures": run.latency.failures if run.latency else {},
         "gains": marginal_gains(run.comparison),
+        "front_table": table(front, used_columns(TRIALS, front)),
+        "num_trials": len(run.trials),
+        "calibration_table": table(calibrated, CALIBRATION),
         "selection": selection(run.selection),
         "environment": flat(run.env or (run.latency.environment if run.latency else {})),
         "show": show,
@@ -157,13 +158,11 @@ def pipeline(lineage: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return [
         {
             "stage": name,
-            "state": _state(entries),
+            "state": stage_state(entries),
             "count": len(entries),
             "cached": sum(bool(e.get("cached")) for e in entries),
             "names": _few([str(e["name"]) for e in entries if not is_missing(e.get("name"))]),
-            "seconds": show(totals[name], "seconds")
-            if any("seconds" in e for e in entries)
-            else NOT_MEASURED,
+            "seconds": show(totals[name], "seconds") if any("seconds" in e for e in entries) else NOT_MEASURED,
             "share": totals[name] / longest,
         }
         for name, entries in stages.items()
@@ -173,24 +172,6 @@ def pipeline(lineage: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
 def _few(names: Sequence[str], limit: int = 4) -> list[str]:
     shown = list(dict.fromkeys(names))
     return shown if len(shown) <= limit else [*shown[: limit - 1], f"and {len(shown) - limit + 1} more"]
-
-
-def table(rows: Sequence[Mapping[str, Any]], columns: Sequence[tuple[str, str, str, str]]) -> dict[str, Any]:
-    """Header cells and formatted rows; ``columns`` are (name, title, kind, meaning)."""
-    return {
-        "columns": [
-            {"title": title, "kind": kind, "meaning": meaning, "numeric": kind != "text"}
-            for _, title, kind, meaning in columns
-        ],
-        "rows": [
-            {
-                "cells": [show(row.get(name), kind) for name, _, kind, _ in columns],
-                "ships": row.get("verdict") == "ships",
-                "role": str(row.get("role") or ""),
-            }
-            for row in rows
-        ],
-    }
 
 
 def selection(report: Mapping[str, Any]) -> dict[str, Any]:
@@ -239,30 +220,6 @@ def _render(template: str, facts: Mapping[str, Any], *, escape: bool) -> str:
         lstrip_blocks=True,
     )
     return environment.get_template(template).render(facts)
-
-
-def _lineage_rows(lineage: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    def short(value: object) -> str | None:
-        return None if is_missing(value) else str(value)[:12]
-
-    return [
-        {
-            "stage": entry.get("stage"),
-            "name": entry.get("name"),
-            "state": _state([entry]),
-            "seconds": entry.get("seconds"),
-            "key": short(entry.get("key")),
-            "output": short(entry.get("output") or entry.get("sha256")),
-            "mlflow_run_id": short(entry.get("mlflow_run_id")),
-        }
-        for entry in lineage
-    ]
-
-
-def _state(entries: Sequence[Mapping[str, Any]]) -> str:
-    if any(entry.get("failed") or entry.get("error") for entry in entries):
-        return "failed"
-    return "cached" if all(entry.get("cached") for entry in entries) else "ran"
 
 
 def _key_number(
@@ -322,46 +279,3 @@ def _search_batch(run: RunFolder) -> int | None:
 
 def _as_column(column: Column) -> tuple[str, str, str, str]:
     return column.name, column.title, column.kind, column.meaning
-
-
-def _guess_columns(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, str, str]]:
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    known = {name: (column.title, column.kind, column.meaning) for name, column in BY_NAME.items()}
-    return [(name, *known.get(name, (name.replace("_", " "), _kind_of(rows, name), ""))) for name in names]
-
-
-def _kind_of(rows: Sequence[Mapping[str, Any]], name: str) -> str:
-    if name.endswith("accuracy"):
-        return "share"
-    return "number" if any(isinstance(row.get(name), float) for row in rows) else "text"
-
-
-def _parity_columns(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, str, str]]:
-    known = {
-        "name": ("form", "text", "this form of the model"),
-        "against": ("compared with", "text", "the form before it"),
-        "status": ("status", "text", "measured, or built but not run here"),
-        "top1": ("accuracy", "share", "share of correct answers"),
-        "flips": ("flips", "share", "share of answers that changed"),
-        "kl": ("KL", "number", "divergence of the probabilities, nats"),
-        "max_abs": ("max diff", "number", "largest difference of a logit"),
-        "floor": ("rounding floor", "number", "the model against itself under input noise of 1e-7"),
-        "note": ("note", "text", ""),
-    }
-    extra = [name for name in ("target",) if any(not is_missing(row.get(name)) for row in rows)]
-    wanted = [n for n in PARITY_COLUMNS if n != "note" or any(not is_missing(row.get(n)) for row in rows)]
-    return [(name, name, "text", "") for name in extra] + [(name, *known[name]) for name in wanted]
-
-
-def _latency_columns() -> list[tuple[str, str, str, str]]:
-    names = (
-        "batch",
-        "ratio_to_reference",
-        "latency_p50_ms",
-        "latency_p90_ms",
-        "latency_p95_ms",
-        "latency_p99_ms",
-    )
-    more = ("throughput_per_s", "load_ms", "first_inference_ms", "peak_rss_bytes", "size_bytes")
-    columns = [(n, BY_NAME[n].title, BY_NAME[n].kind, BY_NAME[n].meaning) for n in (*names, *more)]
-    return [("model", "model", "text", ""), *columns]

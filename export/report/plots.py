@@ -84,9 +84,7 @@ def svg(figure: Figure, name: str, description: str) -> str:
 
     out = io.StringIO()
     with mpl.rc_context(SCREEN.style() | {"svg.hashsalt": name}):
-        figure.savefig(
-            out, format="svg", metadata={"Date": None, "Creator": None, "Type": None, "Format": None}
-        )
+        figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None, "Type": None, "Format": None})
     text = out.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
@@ -106,9 +104,7 @@ def svg(figure: Figure, name: str, description: str) -> str:
     return head + text[text.index(">") + 1 :]
 
 
-def save_pareto(
-    path: Path, trials: Sequence[Mapping[str, Any]], marks: Sequence[Mapping[str, Any]] = ()
-) -> bool:
+def save_pareto(path: Path, trials: Sequence[Mapping[str, Any]], marks: Sequence[Mapping[str, Any]] = ()) -> bool:
     """Writes the Pareto plot as a PNG on white; false when there is nothing to draw."""
     import matplotlib as mpl
 
@@ -176,9 +172,7 @@ def curves(histories: Mapping[str, Sequence[Mapping[str, Any]]], key: str, label
             x = [row.get("epoch", n) + 1 for n, row in enumerate(kept)]
             y = [row[key] * scale for row in kept]
             style = "--" if i >= len(SERIES) else "-"
-            axes.plot(
-                x, y, style, color=SERIES[i % 7], marker=MARKS[i % 7], markersize=4, linewidth=1.6, label=name
-            )
+            axes.plot(x, y, style, color=SERIES[i % 7], marker=MARKS[i % 7], markersize=4, linewidth=1.6, label=name)
         axes.set(xlabel="epoch", ylabel=label)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         figure.legend(loc="outside upper left", ncols=2, handletextpad=0.5, columnspacing=1.2)
@@ -186,7 +180,7 @@ def curves(histories: Mapping[str, Sequence[Mapping[str, Any]]], key: str, label
 
 
 def latency(samples: "Samples", reference: str, batch: int, floor: float | None) -> Figure | None:
-    """Box per model: ratios to the reference of the same round, with the noise floor shaded."""
+    """Bar per model: median ratio to the reference of the same round, with its IQR; noise floor shaded."""
     from export.latency import AGAIN, round_ratios
 
     base = samples.get((reference, batch))
@@ -197,23 +191,15 @@ def latency(samples: "Samples", reference: str, batch: int, floor: float | None)
     names.sort(key=lambda name: -float(np.median(ratios[name])))
     with _canvas((SIZE[0], 1.25 + 0.34 * len(names))) as (figure, axes):
         if floor is not None:
-            axes.axvspan(1 - floor, 1 + floor, color=SERIES[1], alpha=0.22, linewidth=0)
+            axes.axvspan(1 - floor, 1 + floor, color=SERIES[1], alpha=0.3, linewidth=0)
         axes.axvline(1, color=SERIES[1], linewidth=1.2)
-        boxes = axes.boxplot(
-            [ratios[name] for name in names],
-            orientation="horizontal",
-            widths=0.55,
-            patch_artist=True,
-            tick_labels=names,
-            flierprops={"marker": ".", "markersize": 4, "markeredgecolor": MUTED, "markerfacecolor": MUTED},
-            medianprops={"color": INK, "linewidth": 1.6},
-            whiskerprops={"color": MUTED},
-            capprops={"color": MUTED},
+        medians = [float(np.median(ratios[name])) for name in names]
+        low, high = (np.array([np.percentile(ratios[name], q) for name in names]) for q in (25, 75))
+        axes.barh(names, medians, height=0.56, color=SERIES[0], alpha=0.75)
+        axes.errorbar(
+            medians, names, xerr=[medians - low, high - medians], fmt="none", ecolor=INK, elinewidth=1.3, capsize=3
         )
-        for box in boxes["boxes"]:
-            box.set(facecolor=SERIES[0], alpha=0.45, edgecolor=SERIES[0])
-        for i, name in enumerate(names, start=1):
-            median = float(np.median(ratios[name]))
+        for i, median in enumerate(medians):
             axes.annotate(
                 f"{median:.2f}×",
                 (1, i),
@@ -239,14 +225,10 @@ def reliability(bins: Mapping[str, Sequence[Sequence[float]]]) -> Figure | None:
     with _canvas((SIZE[0], 3.8)) as (figure, axes):
         axes.plot([0, 1], [0, 1], color=MUTED, linewidth=1, linestyle=(0, (4, 3)), label="perfect")
         for i, (name, rows) in enumerate(drawn.items()):
-            confidence, accuracy, count = (
-                np.array(column, dtype=float) for column in zip(*rows, strict=True)
-            )
+            confidence, accuracy, count = (np.array(column, dtype=float) for column in zip(*rows, strict=True))
             colour = SERIES[i % 7]
             axes.plot(confidence, accuracy, color=colour, linewidth=1.5, label=name)
-            axes.scatter(
-                confidence, accuracy, s=8 + 90 * np.sqrt(count / count.max()), color=colour, alpha=0.45
-            )
+            axes.scatter(confidence, accuracy, s=8 + 90 * np.sqrt(count / count.max()), color=colour, alpha=0.45)
         axes.set(xlabel="confidence", ylabel="accuracy", xlim=(0, 1.02), ylim=(0, 1.02))
         figure.legend(loc="outside upper left", ncols=2, handletextpad=0.5, columnspacing=1.2)
     return figure
@@ -259,9 +241,7 @@ def bars(values: Mapping[str, float], label: str, *, digits: int = 2) -> Figure 
     names = list(values)[::-1]
     numbers = [values[name] for name in names]
     with _canvas((SIZE[0], 1.0 + 0.36 * len(names))) as (figure, axes):
-        axes.barh(
-            names, numbers, color=[SERIES[2] if n >= 0 else SERIES[4] for n in numbers], alpha=0.8, height=0.6
-        )
+        axes.barh(names, numbers, color=[SERIES[2] if n >= 0 else SERIES[4] for n in numbers], alpha=0.8, height=0.6)
         span = max(max(numbers), 0) - min(min(numbers), 0) or 1
         for i, number in enumerate(numbers):
             left = number < 0
@@ -274,9 +254,7 @@ def bars(values: Mapping[str, float], label: str, *, digits: int = 2) -> Figure 
                 ha="right" if left else "left",
                 fontsize=9.5,
             )
-        axes.set_xlim(
-            min(min(numbers), 0) - 0.2 * span * (min(numbers) < 0), max(max(numbers), 0) + 0.2 * span
-        )
+        axes.set_xlim(min(min(numbers), 0) - 0.2 * span * (min(numbers) < 0), max(max(numbers), 0) + 0.2 * span)
         axes.axvline(0, color=MUTED, linewidth=0.9)
         axes.grid(visible=False, axis="y")
         axes.tick_params(axis="y", length=0)

@@ -63,9 +63,7 @@ def open_run(path: Path) -> RunFolder:
     """
     path = path.resolve()
     if not path.is_dir():
-        raise ArtifactError(
-            f"Run '{path}' has no folder, expected runs/<recipe>/<run-id>. Run the recipe first."
-        )
+        raise ArtifactError(f"Run '{path}' has no folder, expected runs/<recipe>/<run-id>. Run the recipe first.")
     problems: list[str] = []
 
     def read(name: str, reader: Any, empty: Any) -> Any:

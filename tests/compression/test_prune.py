@@ -192,9 +192,16 @@ def test_attention_loses_whole_heads_and_knows_it():
     assert [block.attn.num_heads for block in model.blocks] == [4, 4]
 
 
-def test_two_pruners_in_one_process_do_not_see_each_other():
+def library_defaults() -> list[int]:
+    """Sizes of the dictionaries that torch-pruning shares between all pruners of a process."""
     import torch_pruning
 
+    defaults = inspect.signature(torch_pruning.pruner.BasePruner.__init__).parameters.values()
+    return [len(parameter.default) for parameter in defaults if isinstance(parameter.default, dict)]
+
+
+def test_two_pruners_in_one_process_do_not_see_each_other():
+    before = library_defaults()
     transformer, cnn = parent_of(ZOO["transformer"]), parent_of(ZOO["residual"])
     first = [prune_model(*transformer, ratio=0.5), prune_model(*cnn, ratio=0.5)]
     prune_model(*parent_of(ZOO["transformer"], seed=5), ratio=0.25)
@@ -202,8 +209,7 @@ def test_two_pruners_in_one_process_do_not_see_each_other():
     for (one, one_spec), (other, other_spec) in zip(first, second, strict=True):
         assert one_spec == other_spec
         assert same_weights(one, other)
-    defaults = inspect.signature(torch_pruning.pruner.BasePruner.__init__).parameters.values()
-    assert all(not parameter.default for parameter in defaults if isinstance(parameter.default, dict))
+    assert library_defaults() == before
 
 
 def test_pruning_a_pruned_network_again():

@@ -92,7 +92,9 @@ def make_run(root: Path) -> Path:
         )
     ]
     policy = Policy(max_accuracy_drop=0.03, max_worst_class_drop=0.08, max_latency_p95_ms=0.1, max_size_kib=256)
-    engine = Evidence(target="rtx", candidate="student-int8-SM89.engine", precision="int8", ran=False, size_bytes=200_000)
+    engine = Evidence(
+        target="rtx", candidate="student-int8-SM89.engine", precision="int8", ran=False, size_bytes=200_000
+    )
     verdict = combine({"cpu": choose_shipped(policy, files_evidence), "rtx": choose_shipped(policy, [engine])})
     (run / "verdict.json").write_text(verdict.model_dump_json(indent=2))
 
