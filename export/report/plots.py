@@ -197,7 +197,14 @@ def latency(samples: "Samples", reference: str, batch: int, floor: float | None)
         low, high = (np.array([np.percentile(ratios[name], q) for name in names]) for q in (25, 75))
         axes.barh(names, medians, height=0.56, color=SERIES[0], alpha=0.75)
         axes.errorbar(
-            medians, names, xerr=[medians - low, high - medians], fmt="none", ecolor=INK, elinewidth=1.3, capsize=3
+            medians,
+            names,
+            xerr=[medians - low, high - medians],
+            fmt="none",
+            color=INK,
+            ecolor=INK,
+            elinewidth=1.3,
+            capsize=3,
         )
         for i, median in enumerate(medians):
             axes.annotate(

@@ -1,6 +1,7 @@
 import csv
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from export.evidence import Evidence
 from export.gate import Policy
 from export.latency import AGAIN
 from export.report.page import build_report, shipped_row
+from export.report.run_folder import open_run
 from export.shipping import choose_shipped
 from export.verdict import combine
 
@@ -358,19 +360,29 @@ def test_an_empty_run_folder_reads_not_run_everywhere(tmp_path):
     assert not (tmp_path / "pareto.png").exists()
 
 
-@pytest.mark.parametrize("name", ["verdict.json", "lineage.json", "comparison.csv", "latency_raw.csv", "trials.csv"])
-def test_each_file_may_be_missing_or_broken(tmp_path, name):
-    run = make_run(tmp_path)
-    (run / name).write_text("{broken")
-    assert "</html>" in build_report(run).read_text()
-    (run / name).unlink()
-    assert "</html>" in build_report(run).read_text()
+FILES = sorted(
+    "env.json lineage.json verdict.json comparison.csv teachers.csv selection.json trials.csv histories.json "
+    "parity.csv latency.json latency_raw.csv reliability.json".split()
+)
 
 
-def test_a_broken_file_is_named_on_the_page(tmp_path):
-    (tmp_path / "lineage.json").write_text("{broken")
+@pytest.mark.parametrize("name", FILES)
+def test_a_broken_file_leaves_the_others_readable(tmp_path, run, name):
+    shutil.copytree(run, tmp_path / "copy")
+    whole = open_run(tmp_path / "copy")
+    (tmp_path / "copy" / name).write_bytes(b"{broken \xff")
+    broken = open_run(tmp_path / "copy")
+    assert [problem.split(":")[0] for problem in broken.problems] == [name]
+    fields = [f for f in vars(whole) if f not in ("path", "problems")]
+    assert sum(str(getattr(whole, f)) != str(getattr(broken, f)) for f in fields) == 1
+
+
+def test_a_run_whose_files_are_all_broken_still_gets_a_page_that_names_them(tmp_path):
+    for name in FILES:
+        (tmp_path / name).write_bytes(b"{broken \xff")
     page = build_report(tmp_path).read_text()
-    assert "Could not be read: lineage.json" in page
+    for name in FILES:
+        assert f"Could not be read: {name}" in page
 
 
 def test_a_missing_run_folder_says_what_was_expected(tmp_path):

@@ -162,10 +162,14 @@ def test_a_run_started_in_the_form_completes_and_shows_its_evidence(servers: Ser
     browser.execute_script("arguments[0].scrollIntoView(); arguments[0].click();", submit)
     (run, *_) = wait_for(lambda: servers.finished("compress"), 600, "the run")
     assert run["state_name"] == "Accepted", run["state"]
-    browser.get(f"{address}/runs/flow-run/{run['id']}?tab=Artifacts")
-    wait_for(lambda: "comparison-digits" in text_of(browser).lower(), 90, "the artifacts")
-    assert "report-digits" in text_of(browser).lower()
-    screenshot(browser, "artifacts")
+    browser.get(f"{address}/runs/flow-run/{run['id']}")
+    wait_for(lambda: "Accepted" in text_of(browser), 90, "the page of the run")
+    screenshot(browser, "run")
+    browser.get(f"{address}/artifacts/key/comparison-digits")
+    wait_for(lambda: "student-0.float32" in text_of(browser), 90, "the comparison table")
+    screenshot(browser, "comparison")
+    browser.get(f"{address}/artifacts/key/mlflow-run")
+    wait_for(lambda: servers.state["mlflow_url"] in browser.page_source, 90, "the link to MLflow")
 
 
 def test_a_schedule_a_minute_ahead_starts_the_nightly_recipes(servers: Servers) -> None:
