@@ -15,7 +15,7 @@ from compression.augment import AnyAugment, normalise
 from compression.card import MethodCard
 from compression.checkpoint import load_checkpoint
 from compression.data import Dataset
-from compression.distill import DistillConfig, distillation_step
+from compression.distill import DistillConfig, check_panel, distillation_step
 from compression.errors import CheckpointError
 from compression.metrics import Metrics, evaluate
 from compression.quantize.prepared import (
@@ -72,6 +72,7 @@ def qat(
     seed: int,
     augment: AnyAugment,
     views: int | None = None,
+    augment_seed: int | None = None,
     checkpoint_dir: Path | None = None,
     on_epoch: Callable[[dict[str, float]], None] | None = None,
     on_step: Callable[[int, int], None] | None = None,
@@ -88,6 +89,7 @@ def qat(
         seed: Of permutations, views and dropout.
         augment: Training-time augmentation.
         views: As for ``fit``.
+        augment_seed: As for ``fit``.
         checkpoint_dir: As for ``fit``.
         on_epoch: As for ``fit``.
         on_step: As for ``fit``.
@@ -119,6 +121,7 @@ def qat(
         seed=seed,
         augment=augment,
         views=views,
+        augment_seed=augment_seed,
         checkpoint_dir=checkpoint_dir,
         on_epoch=on_epoch,
         on_step=freeze_then_report,
@@ -168,6 +171,7 @@ def quantize(
     Raises:
         CompressionError: see ``qat``.
     """
+    check_panel(panel, dataset, distillation, augment)
     live = [copy.deepcopy(student).eval()]
     step = distillation_step(distillation.losses, distillation.teachers, panel, live)
     prepared, history = qat(
@@ -178,6 +182,7 @@ def quantize(
         seed=seed,
         augment=augment,
         views=distillation.views,
+        augment_seed=panel[0].spec.seed if panel else seed,
         checkpoint_dir=checkpoint_dir,
         on_epoch=on_epoch,
         on_step=on_step,
