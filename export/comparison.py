@@ -159,17 +159,33 @@ def parse_cell(cell: str | None) -> str | int | float | bool | None:
     return cell
 
 
-def console_table(rows: Sequence[Row], *, title: str = "") -> "Table":
-    """The short table for a terminal: the columns marked ``main``, the shipped row in bold."""
+COMPACT = (
+    "id",
+    "accuracy",
+    "delta_teacher",
+    "macs",
+    "size_bytes",
+    "batch",
+    "latency_p50_ms",
+    "ratio_to_reference",
+    "verdict",
+)
+"""Columns that fit a terminal of 80 to 140 characters."""
+
+
+def console_table(rows: Sequence[Row], *, title: str = "", width: int = 200) -> "Table":
+    """The short table for a terminal of ``width`` characters: the shipped row in bold, fewer columns when narrow."""
     from rich.table import Table
 
-    columns = [column for column in COLUMNS if column.main]
-    table = Table(title=title or None, header_style="bold", row_styles=("", "dim"))
+    columns = [column for column in COLUMNS if (column.main if width >= 140 else column.name in COMPACT)]
+    table = Table(title=title or None, header_style="bold", row_styles=("", "dim"), pad_edge=False)
     for column in columns:
-        table.add_column(column.title, justify="left" if column.kind == "text" else "right")
+        justify = "left" if column.kind == "text" else "right"
+        table.add_column(column.title, justify=justify, no_wrap=column.name != "id", overflow="fold")
     for row in rows:
         style = "bold green" if row.get("verdict") == "ships" else None
-        table.add_row(*(show(row.get(column.name), column.kind, column.missing) for column in columns), style=style)
+        cells = (show(row.get(column.name), column.kind) for column in columns)
+        table.add_row(*("-" if cell == NOT_MEASURED else cell for cell in cells), style=style)
     return table
 
 

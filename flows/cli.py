@@ -101,7 +101,8 @@ def _show(summary: dict) -> None:
     from tasks.run_folder import read_rows
 
     folder = Path(summary["folder"])
-    console.print(console_table(read_rows(folder), title=f"{summary['recipe']} {summary['run']}"))
+    title = f"{summary['recipe']} {summary['run']}"
+    console.print(console_table(read_rows(folder), title=title, width=console.width))
     accepted = summary["outcome"] == "accept"
     console.print(f"Verdict: [bold {'green' if accepted else 'red'}]{summary['outcome']}[/]. {summary['summary']}")
     for reason in summary["reasons"]:
@@ -156,7 +157,7 @@ def compare(
     if not rows:
         problems.print("There is no run to compare. Start one: stillhouse compress recipes/digits.yaml", markup=False)
         raise typer.Exit(BAD_INPUT)
-    console.print(console_table(rows))
+    console.print(console_table(rows, width=console.width))
     if csv is not None:
         write_comparison(rows, csv)
         console.print(f"Wrote {csv}.")
