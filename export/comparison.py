@@ -159,29 +159,22 @@ def parse_cell(cell: str | None) -> str | int | float | bool | None:
     return cell
 
 
-COMPACT = (
-    "id",
-    "accuracy",
-    "delta_teacher",
-    "macs",
-    "size_bytes",
-    "batch",
-    "latency_p50_ms",
-    "ratio_to_reference",
-    "verdict",
-)
-"""Columns that fit a terminal of 80 to 140 characters."""
+NARROW = ("id", "accuracy", "batch", "latency_p50_ms", "ratio_to_reference", "verdict")
+"""Columns that fit a terminal of 80 characters."""
+COMPACT = (*NARROW, "delta_teacher", "macs", "size_bytes")
+"""Columns that fit a terminal of 115 characters."""
 
 
 def console_table(rows: Sequence[Row], *, title: str = "", width: int = 200) -> "Table":
     """The short table for a terminal of ``width`` characters: the shipped row in bold, fewer columns when narrow."""
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    columns = [column for column in COLUMNS if (column.main if width >= 140 else column.name in COMPACT)]
-    table = Table(title=title or None, header_style="bold", row_styles=("", "dim"), pad_edge=False)
+    names = NARROW if width < 115 else COMPACT if width < 170 else [column.name for column in COLUMNS if column.main]
+    columns = [column for column in COLUMNS if column.name in names]
+    table = Table(title=title or None, header_style="bold", row_styles=("", "dim"), box=SIMPLE_HEAD, pad_edge=False)
     for column in columns:
-        justify = "left" if column.kind == "text" else "right"
-        table.add_column(column.title, justify=justify, no_wrap=column.name != "id", overflow="fold")
+        table.add_column(column.title, justify="left" if column.kind == "text" else "right", no_wrap=True)
     for row in rows:
         style = "bold green" if row.get("verdict") == "ships" else None
         cells = (show(row.get(column.name), column.kind) for column in columns)
