@@ -96,10 +96,13 @@ def run_benchmark(job: BenchmarkJob, folder: Path) -> BenchmarkResult:
     if job.reference in failures:
         raise ExportError(f"Reference '{job.reference}' cannot be timed: {failures[job.reference]}")
     memory: dict[str, dict[str, float]] = {}
-    for name, path in job.models.items():
-        if job.memory and name not in failures:
-            memory[name] = json.loads(_run_child("probe", str(path), str(job.threads), threads=job.threads))
-    result = summarize(job, read_raw(raw_path), memory=memory, failures=failures)
+    samples = read_raw(raw_path)
+    for name in sorted({name for name, _ in samples} & set(job.models)) if job.memory else ():
+        try:
+            memory[name] = json.loads(_run_child("probe", str(job.models[name]), str(job.threads), threads=job.threads))
+        except ExportError as error:  # it was timed, so its row stands; only its memory is unknown
+            failures.setdefault(name, str(error))
+    result = summarize(job, samples, memory=memory, failures=failures)
     result = result.model_copy(
         update={"environment": environment(job) | {k: facts[k] for k in ("load_before", "load_after")}}
     )

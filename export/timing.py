@@ -82,8 +82,10 @@ def peak_rss_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
 
 
-def probe(path: Path, *, threads: int, batch: int = 1) -> dict[str, float]:
+def probe(path: Path, *, threads: int) -> dict[str, float]:
     """Load and first-inference time in ms and memory in bytes of one model; call it in a fresh process.
+
+    It runs one image, or as many as the graph is fixed to.
 
     ``model_rss_bytes`` is what the model added to the runtime that was already loaded.
     """
@@ -94,7 +96,8 @@ def probe(path: Path, *, threads: int, batch: int = 1) -> dict[str, float]:
     started = time.perf_counter()
     session = open_session(path, threads=threads)
     loaded = time.perf_counter()
-    feed = feed_of(session, batch, seed=0)
+    batch = session.get_inputs()[0].shape[0]
+    feed = feed_of(session, batch if isinstance(batch, int) else 1, seed=0)
     ready = time.perf_counter()
     session.run(None, feed)
     first = time.perf_counter()
