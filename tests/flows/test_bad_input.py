@@ -43,7 +43,7 @@ def stillhouse(home: Path, *arguments: str, **environment: str) -> subprocess.Co
     )
 
 
-def refused(done: subprocess.CompletedProcess[str], *says: str) -> None:
+def assert_refused(done: subprocess.CompletedProcess[str], *says: str) -> None:
     assert done.returncode == 2, done.stdout + done.stderr
     for text in says:
         assert text in done.stderr, done.stderr
@@ -61,13 +61,13 @@ def checkpoint_recipe(place: Path, weights: Path) -> Path:
 
 def test_a_missing_teacher(tmp_path: Path) -> None:
     done = stillhouse(tmp_path, "compress", str(checkpoint_recipe(tmp_path, tmp_path / "none.safetensors")))
-    refused(done, "none.safetensors")
+    assert_refused(done, "none.safetensors")
 
 
 def test_a_corrupt_teacher(tmp_path: Path) -> None:
     weights = tmp_path / "broken.safetensors"
     weights.write_bytes(b"\x10\x00\x00\x00\x00\x00\x00\x00 not json at all")
-    refused(stillhouse(tmp_path, "compress", str(checkpoint_recipe(tmp_path, weights))), "broken.safetensors")
+    assert_refused(stillhouse(tmp_path, "compress", str(checkpoint_recipe(tmp_path, weights))), "broken.safetensors")
 
 
 def test_a_pickle_payload_is_refused_and_does_not_run(tmp_path: Path) -> None:
@@ -82,7 +82,7 @@ def test_a_pickle_payload_is_refused_and_does_not_run(tmp_path: Path) -> None:
     weights = tmp_path / "evil.pt"
     weights.write_bytes(pickle.dumps(Payload()))
     done = stillhouse(tmp_path, "compress", str(checkpoint_recipe(tmp_path, weights)))
-    refused(done, "evil.pt", "safetensors")
+    assert_refused(done, "evil.pt", "safetensors")
     assert not marker.exists()
 
 
@@ -94,7 +94,7 @@ def test_a_wrong_class_count(tmp_path: Path) -> None:
     model = ResidualCnn(widths=(8,), depths=(1,), strides=(1,), stem_width=8).build(7, (1, 8, 8))
     save_file(model.state_dict(), tmp_path / "seven.safetensors")
     done = stillhouse(tmp_path, "compress", str(checkpoint_recipe(tmp_path, tmp_path / "seven.safetensors")))
-    refused(done, "7", "10", "class")
+    assert_refused(done, "7", "10", "class")
 
 
 @pytest.mark.parametrize(
@@ -114,11 +114,11 @@ def test_wrong_labels(tmp_path: Path, labels: np.ndarray, says: str) -> None:
         class_names=["a", "b", "c"],
     )
     recipe = tiny(tmp_path, data={"kind": "arrays", "path": str(tmp_path / "data.npz")})
-    refused(stillhouse(tmp_path, "compress", str(recipe)), says, "data.npz")
+    assert_refused(stillhouse(tmp_path, "compress", str(recipe)), says, "data.npz")
 
 
 def test_an_unknown_recipe_key(tmp_path: Path) -> None:
-    refused(
+    assert_refused(
         stillhouse(tmp_path, "compress", str(tiny(tmp_path, teecher=1))),
         "teecher",
         "unknown key",
@@ -129,17 +129,17 @@ def test_an_unknown_recipe_key(tmp_path: Path) -> None:
 def test_an_unwritable_store(tmp_path: Path) -> None:
     (tmp_path / "home").write_text("a file in the way")
     done = stillhouse(tmp_path, "compress", str(tiny(tmp_path)), STILLHOUSE_HOME=str(tmp_path / "home"))
-    refused(done, "cannot be written", "STILLHOUSE_HOME")
+    assert_refused(done, "cannot be written", "STILLHOUSE_HOME")
 
 
 def test_no_free_disk(tmp_path: Path) -> None:
     done = stillhouse(tmp_path, "compress", str(tiny(tmp_path)), STILLHOUSE_MIN_FREE_MIB=str(1 << 40))
-    refused(done, "free disk", "STILLHOUSE_MIN_FREE_MIB")
+    assert_refused(done, "free disk", "STILLHOUSE_MIN_FREE_MIB")
 
 
 def test_an_absent_dataset_says_how_to_get_it(tmp_path: Path) -> None:
     recipe = tiny(tmp_path, data={"kind": "fashion_mnist", "root": str(tmp_path / "nowhere")})
-    refused(stillhouse(tmp_path, "compress", str(recipe)), "dataset-fashion-mnist", "data.root")
+    assert_refused(stillhouse(tmp_path, "compress", str(recipe)), "dataset-fashion-mnist", "data.root")
 
 
 def test_a_truncated_dataset_file(tmp_path: Path) -> None:
@@ -151,12 +151,14 @@ def test_a_truncated_dataset_file(tmp_path: Path) -> None:
         with gzip.open(tmp_path / f"{stem}-labels-idx1-ubyte.gz", "wb") as file:
             file.write(labels)
     recipe = tiny(tmp_path, data={"kind": "fashion_mnist", "root": str(tmp_path)})
-    refused(stillhouse(tmp_path, "compress", str(recipe)), "train-images")
+    assert_refused(stillhouse(tmp_path, "compress", str(recipe)), "train-images")
 
 
 def test_a_stage_that_does_not_exist(tmp_path: Path) -> None:
-    refused(stillhouse(tmp_path, "compress", str(tiny(tmp_path)), "--from", "distil"), "distil", "expected one of")
+    assert_refused(
+        stillhouse(tmp_path, "compress", str(tiny(tmp_path)), "--from", "distil"), "distil", "expected one of"
+    )
 
 
 def test_a_recipe_that_does_not_exist(tmp_path: Path) -> None:
-    refused(stillhouse(tmp_path, "plan", str(tmp_path / "nothing.yaml")), "nothing.yaml", "does not exist")
+    assert_refused(stillhouse(tmp_path, "plan", str(tmp_path / "nothing.yaml")), "nothing.yaml", "does not exist")
