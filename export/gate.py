@@ -246,7 +246,7 @@ def _limit(
     on_fail: Outcome = "regression",
 ) -> Check:
     if limit is None:
-        return _skipped(name, found)
+        return _skipped(name, None if found is None else _number(found.estimate, unit, 3))
     if found is None or math.isnan(found.estimate + found.low + found.high):
         return _missing(name, f"at most {_number(limit, unit, 3)}", on_fail)
     return bounded(name, found, limit, unit=unit, on_fail=on_fail, what=what)
@@ -263,7 +263,7 @@ def _fact(
     on_fail: Outcome = "regression",
 ) -> Check:
     if limit is None:
-        return _skipped(name)
+        return _skipped(name, None if found is None else _number(found, unit, digits))
     if found is None or math.isnan(found):
         return _missing(name, f"at most {_number(limit, unit, digits)}", on_fail)
     shown, wanted = _number(found, unit, digits), f"at most {_number(limit, unit, digits)}"
@@ -279,8 +279,8 @@ def _fact(
     )
 
 
-def _skipped(name: str, found: Interval | None = None) -> Check:
-    shown = NOT_MEASURED if found is None else f"{found.estimate:.4g}"
+def _skipped(name: str, found: str | None = None) -> Check:
+    shown = NOT_MEASURED if found is None else found
     return Check(
         name=name,
         outcome="skipped",

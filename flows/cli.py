@@ -51,6 +51,7 @@ def compress(
     ] = None,
 ) -> None:
     """Run the whole chain on a recipe: teachers, search, distillation, quantization, export, evidence, verdict."""
+    os.environ.setdefault("PREFECT_LOGGING_LEVEL", "CRITICAL")  # the program says it in its own words
     from flows.recipe import load_recipe
 
     loaded = load_recipe(recipe, set_ or [])
@@ -58,7 +59,6 @@ def compress(
         _check_stage(from_stage)
     if from_stage is None:
         _stop_if_nothing_to_do(loaded)
-    os.environ.setdefault("PREFECT_LOGGING_LEVEL", "WARNING")
     server = _use_running_server()
     where = f"Prefect at {server}" if server else "a temporary Prefect server (`stillhouse up` starts a lasting one)"
     console.print(f"[bold]{loaded.name}[/bold]: running with {where}.")
@@ -232,6 +232,8 @@ def main() -> None:
 
     prepare_prefect()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(lambda record: not record.name.startswith("prefect"))
     with _explained():
         app()
 

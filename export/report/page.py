@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from export.comparison import BY_NAME, COLUMNS, NOT_MEASURED, Column, is_missing, marginal_gains, show
+from export.comparison import BY_NAME, COLUMNS, NOT_MEASURED, is_missing, marginal_gains, show
 from export.report import plots
 from export.report.run_folder import RunFolder, open_run
 from export.report.tables import (
@@ -275,7 +275,3 @@ def _search_batch(run: RunFolder) -> int | None:
         return int(recipe["search"]["batch"])
     except (yaml.YAMLError, KeyError, TypeError, ValueError):
         return None
-
-
-def _as_column(column: Column) -> tuple[str, str, str, str]:
-    return column.name, column.title, column.kind, column.meaning

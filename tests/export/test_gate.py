@@ -133,6 +133,13 @@ def test_a_check_the_policy_switches_off_is_skipped_and_decides_nothing():
     assert {check.outcome for check in verdict.checks if check.name != "finite numbers"} == {"skipped"}
 
 
+def test_what_was_measured_is_shown_even_where_nothing_limits_it():
+    verdict = decide(Policy(max_accuracy_drop=None), evidence())
+    assert check_of(verdict, "accuracy drop").found == "0.50 %"
+    assert check_of(verdict, "size budget").found == "50.0 KiB"
+    assert check_of(verdict, "latency budget").found == "0.650 ms"
+
+
 def test_what_the_policy_asks_for_and_nobody_measured_is_never_passed():
     verdict = decide(POLICY, Evidence(target="cpu", candidate="a", precision="float32"))
     assert verdict.outcome == "inconclusive"

@@ -26,7 +26,7 @@ RUN_FILES = (
 
 def tiny_recipe() -> dict[str, Any]:
     raw = yaml.safe_load((ROOT / "recipes" / "digits.yaml").read_text())
-    quick = {"epochs": 3, "batch_size": 64, "learning_rate": 0.004}
+    quick = {"epochs": 5, "batch_size": 16, "learning_rate": 0.004}
     raw["data"]["limit"] = 600
     raw["teachers"] = raw["teachers"][:2]
     for teacher in raw["teachers"]:
