@@ -172,12 +172,20 @@ def console_table(rows: Sequence[Row], *, title: str = "", width: int = 200) -> 
 
     names = NARROW if width < 115 else COMPACT if width < 170 else [column.name for column in COLUMNS if column.main]
     columns = [column for column in COLUMNS if column.name in names]
-    table = Table(title=title or None, header_style="bold", row_styles=("", "dim"), box=SIMPLE_HEAD, pad_edge=False)
+    table = Table(
+        title=title or None,
+        header_style="bold",
+        row_styles=("", "dim"),
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+        collapse_padding=True,
+    )
     for column in columns:
-        table.add_column(column.title, justify="left" if column.kind == "text" else "right", no_wrap=True)
+        title_with_unit = f"{column.title} ms" if column.kind == "ms" else column.title
+        table.add_column(title_with_unit, justify="left" if column.kind == "text" else "right", no_wrap=True)
     for row in rows:
         style = "bold green" if row.get("verdict") == "ships" else None
-        cells = (show(row.get(column.name), column.kind) for column in columns)
+        cells = (show(row.get(column.name), column.kind).removesuffix(" ms") for column in columns)
         table.add_row(*("-" if cell == NOT_MEASURED else cell for cell in cells), style=style)
     return table
 

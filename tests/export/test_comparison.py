@@ -78,13 +78,17 @@ def test_cells_read_well(value, kind, shown):
 
 
 def test_the_terminal_table_shows_units_and_gaps_at_any_width():
-    rows = [{"id": "student", "accuracy": 0.9, "verdict": "ships"}, {"id": "teacher"}]
+    name = "student-0.rtx-float16-sm86"
+    measured = {"batch": 32, "latency_p50_ms": 12.5, "ratio_to_reference": 0.1625, "verdict": "ships"}
+    rows = [{"id": "student", "accuracy": 0.9, **measured}, {"id": name}, {"id": "teacher"}]
     for width in (80, 220):
         out = io.StringIO()
         Console(file=out, width=width, color_system=None).print(console_table(rows, title="t", width=width))
         text = " ".join(out.getvalue().split())
         assert "student" in text
         assert "90.00 %" in text
+        assert name in text and "ships" in text and "12.5" in text and "p50 ms" in text
+        assert "…" not in text, "nothing is cut off"
         assert text.split("teacher")[1].strip(), "an empty cell shows that it is empty"
 
 

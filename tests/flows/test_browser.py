@@ -2,33 +2,23 @@
 
 import json
 import os
-import signal
-import subprocess
-import sys
 import time
-import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from tests.flows.running_up import ROOT, RunningUp, wait_for
+
 pytestmark = [pytest.mark.browser, pytest.mark.e2e, pytest.mark.timeout(1500)]
 
-ROOT = Path(__file__).resolve().parents[2]
 CHROMIUM, DRIVER = Path("/usr/bin/chromium"), Path("/usr/bin/chromedriver")
 FLAGS = (
     "--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
     "--disable-component-update --disable-sync --window-size=1400,1600"
 ).split()
-
-START = """
-import sys
-from pathlib import Path
-from flows.server import up
-sys.exit(up(folder=Path(sys.argv[1]), deployments_file=Path(sys.argv[2])))
-"""
 
 
 def tiny_recipe() -> dict[str, Any]:
@@ -50,76 +40,20 @@ def tiny_recipe() -> dict[str, Any]:
     return raw
 
 
-def wait_for(ready: Callable[[], Any], seconds: float, what: str) -> Any:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        found = ready()
-        if found:
-            return found
-        time.sleep(1)
-    raise AssertionError(f"{what} did not happen within {seconds:.0f} s")
-
-
-class Servers:
-    """A running ``stillhouse up`` with the real flows and a tiny recipe."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        (folder / "tiny.yaml").write_text(yaml.safe_dump(tiny_recipe()))
-        deployments = yaml.safe_load((ROOT / "prefect.yaml").read_text())
-        by_name = {each["name"]: each for each in deployments["deployments"]}
-        by_name["compress"]["build"][0]["flows.deployments.read_recipe"]["path"] = str(folder / "tiny.yaml")
-        by_name["nightly"]["parameters"]["recipes"] = [str(folder / "tiny.yaml")]
-        by_name["nightly"]["schedules"][0]["active"] = False
-        (folder / "prefect.yaml").write_text(yaml.safe_dump(deployments, sort_keys=False))
-        environment = {
-            **os.environ,
-            "STILLHOUSE_ROOT": str(folder),
-            "STILLHOUSE_THREADS": "1",
-            "PYTHONPATH": str(ROOT),
-        }
-        self.log = folder / "up.log"
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", START, str(ROOT), str(folder / "prefect.yaml")],
-            cwd=folder,
-            env=environment,
-            stdout=self.log.open("w"),
-            stderr=subprocess.STDOUT,
-        )
-        self.state: dict[str, Any] = wait_for(self._ready, 300, "stillhouse up")
-
-    def _ready(self) -> dict[str, Any] | None:
-        assert self.process.poll() is None, self.log.read_text()
-        path = self.folder / ".stillhouse" / "up.json"
-        return json.loads(path.read_text()) if path.is_file() else None
-
-    def api(self, path: str, body: dict[str, Any] | None = None, method: str = "POST") -> Any:
-        data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(
-            self.state["prefect_api"] + path, data=data, method=method, headers={"content-type": "application/json"}
-        )
-        with urllib.request.urlopen(request, timeout=30) as response:
-            content = response.read()
-        return json.loads(content) if content else None
-
-    def deployment(self, name: str) -> dict[str, Any]:
-        return next(each for each in self.api("/deployments/filter", {}) if each["name"] == name)
-
-    def finished(self, name: str) -> list[dict[str, Any]]:
-        body = {"flow_runs": {"deployment_id": {"any_": [self.deployment(name)["id"]]}}}
-        return [
-            run
-            for run in self.api("/flow_runs/filter", body)
-            if run["state_type"] in ("COMPLETED", "FAILED", "CRASHED")
-        ]
-
-
 @pytest.fixture(scope="module")
-def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
-    started = Servers(tmp_path_factory.mktemp("browser"))
+def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningUp]:
+    """``stillhouse up`` with the real flows and a tiny recipe."""
+    folder = tmp_path_factory.mktemp("browser")
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(tiny_recipe()))
+    deployments = yaml.safe_load((ROOT / "prefect.yaml").read_text())
+    by_name = {each["name"]: each for each in deployments["deployments"]}
+    by_name["compress"]["build"][0]["flows.deployments.read_recipe"]["path"] = str(folder / "tiny.yaml")
+    by_name["nightly"]["parameters"]["recipes"] = [str(folder / "tiny.yaml")]
+    by_name["nightly"]["schedules"][0]["active"] = False
+    (folder / "prefect.yaml").write_text(yaml.safe_dump(deployments, sort_keys=False))
+    started = RunningUp(folder, source=ROOT, deployments=folder / "prefect.yaml")
     yield started
-    started.process.send_signal(signal.SIGINT)
-    started.process.wait(timeout=90)
+    started.end()
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +84,7 @@ def screenshot(browser: Any, name: str) -> None:
         browser.save_screenshot(str(Path(folder) / f"{name}.png"))
 
 
-def test_a_run_started_in_the_form_completes_and_shows_its_evidence(servers: Servers, browser: Any) -> None:
+def test_a_run_started_in_the_form_completes_and_shows_its_evidence(servers: RunningUp, browser: Any) -> None:
     address = servers.state["prefect_url"]
     browser.get(f"{address}/deployments/deployment/{servers.deployment('compress')['id']}/run")
     wait_for(lambda: "Names the run folder" in text_of(browser), 90, "the form")
@@ -165,14 +99,19 @@ def test_a_run_started_in_the_form_completes_and_shows_its_evidence(servers: Ser
     browser.get(f"{address}/runs/flow-run/{run['id']}")
     wait_for(lambda: "Accepted" in text_of(browser), 90, "the page of the run")
     screenshot(browser, "run")
-    browser.get(f"{address}/artifacts/key/comparison-digits")
+    browser.get(f"{address}/artifacts/artifact/{servers.artifact('comparison-digits')['latest_id']}")
     wait_for(lambda: "student-0.float32" in text_of(browser), 90, "the comparison table")
     screenshot(browser, "comparison")
-    browser.get(f"{address}/artifacts/key/mlflow-run")
-    wait_for(lambda: servers.state["mlflow_url"] in browser.page_source, 90, "the link to MLflow")
+    browser.get(f"{address}/artifacts/artifact/{servers.artifact('mlflow-run')['latest_id']}")
+    links = wait_for(lambda: browser.find_elements("partial link text", "This run in MLflow"), 90, "the link to MLflow")
+    link = links[0].get_attribute("href")
+    assert link.startswith(servers.state["mlflow_url"])
+    browser.get(link)
+    wait_for(lambda: "Run ID" in text_of(browser), 90, "the run in MLflow")
+    screenshot(browser, "mlflow-run")
 
 
-def test_a_schedule_a_minute_ahead_starts_the_nightly_recipes(servers: Servers) -> None:
+def test_a_schedule_a_minute_ahead_starts_the_nightly_recipes(servers: RunningUp) -> None:
     nightly = servers.deployment("nightly")
     ahead = time.gmtime(time.time() + 75)
     schedule = {"cron": f"{ahead.tm_min} {ahead.tm_hour} * * *", "timezone": "UTC"}
@@ -182,7 +121,7 @@ def test_a_schedule_a_minute_ahead_starts_the_nightly_recipes(servers: Servers) 
     assert run["auto_scheduled"]
 
 
-def test_mlflow_compares_the_stages_of_the_runs(servers: Servers, browser: Any) -> None:
+def test_mlflow_compares_the_stages_of_the_runs(servers: RunningUp, browser: Any) -> None:
     from mlflow import MlflowClient
 
     client = MlflowClient(tracking_uri=f"sqlite:///{servers.folder / 'mlruns' / 'mlflow.db'}")

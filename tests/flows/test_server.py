@@ -1,16 +1,12 @@
 """``stillhouse up`` with its real server, worker, schedule and MLflow UI."""
 
 import json
-import os
-import signal
 import socket
 import subprocess
 import sys
-import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
@@ -18,10 +14,9 @@ import pytest
 from compression.errors import InputError
 from flows.server import free_port, running_server
 from tasks.settings import settings
+from tests.flows.running_up import RunningUp, wait_for
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
-
-ROOT = Path(__file__).resolve().parents[2]
 
 TICK = """
 from pathlib import Path
@@ -47,75 +42,18 @@ deployments:
     work_pool: {name: stillhouse}
 """
 
-START = """
-import sys
-from pathlib import Path
-from flows.server import up
-folder = Path(sys.argv[1])
-sys.exit(up(folder=folder, deployments_file=folder / "prefect.yaml"))
-"""
-
-
-def wait_for(ready: Callable[[], Any], seconds: float, what: str) -> Any:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        found = ready()
-        if found:
-            return found
-        time.sleep(0.5)
-    raise AssertionError(f"{what} did not happen within {seconds:.0f} s")
-
-
-class Up:
-    """A running ``stillhouse up`` on a folder of its own."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.log = folder / "up.log"
-        environment = {**os.environ, "STILLHOUSE_ROOT": str(folder), "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", START, str(folder)],
-            cwd=folder,
-            env=environment,
-            stdout=self.log.open("w"),
-            stderr=subprocess.STDOUT,
-        )
-        self.state: dict[str, Any] = wait_for(self._ready, 240, "stillhouse up")
-
-    def _ready(self) -> dict[str, Any] | None:
-        assert self.process.poll() is None, self.log.read_text()
-        path = self.folder / ".stillhouse" / "up.json"
-        return json.loads(path.read_text()) if path.is_file() else None
-
-    def api(self, path: str, body: dict[str, Any]) -> Any:
-        request = urllib.request.Request(
-            self.state["prefect_api"] + path,
-            data=json.dumps(body).encode(),
-            headers={"content-type": "application/json"},
-        )
-        with urllib.request.urlopen(request, timeout=30) as response:
-            return json.load(response)
-
-    def runs(self, state: str) -> list[dict[str, Any]]:
-        return self.api("/flow_runs/filter", {"flow_runs": {"state": {"type": {"any_": [state]}}}})
-
-    def end(self) -> int:
-        self.process.send_signal(signal.SIGINT)
-        return self.process.wait(timeout=60)
-
 
 @pytest.fixture(scope="module")
-def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
+def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningUp]:
     folder = tmp_path_factory.mktemp("up")
     (folder / "tick.py").write_text(TICK)
     (folder / "prefect.yaml").write_text(DEPLOYMENTS)
-    started = Up(folder)
+    started = RunningUp(folder, source=folder, deployments=folder / "prefect.yaml")
     yield started
-    if started.process.poll() is None:
-        started.end()
+    started.end()
 
 
-def test_both_pages_answer_and_the_addresses_are_printed(up: Up) -> None:
+def test_both_pages_answer_and_the_addresses_are_printed(up: RunningUp) -> None:
     text = up.log.read_text()
     for address in (up.state["prefect_url"], up.state["mlflow_url"]):
         assert address in text
@@ -123,7 +61,7 @@ def test_both_pages_answer_and_the_addresses_are_printed(up: Up) -> None:
             assert response.status == 200
 
 
-def test_a_schedule_makes_runs_and_the_worker_completes_one(up: Up) -> None:
+def test_a_schedule_makes_runs_and_the_worker_completes_one(up: RunningUp) -> None:
     """With SQLAlchemy 2.1 the server starts, and this never happens."""
     assert wait_for(lambda: up.runs("SCHEDULED") or up.runs("COMPLETED"), 60, "a scheduled run")
     (done, *_) = wait_for(lambda: up.runs("COMPLETED"), 240, "a completed scheduled run")
@@ -131,21 +69,20 @@ def test_a_schedule_makes_runs_and_the_worker_completes_one(up: Up) -> None:
     assert "scheduled" in (up.folder / "ticks.txt").read_text()
 
 
-def test_training_is_limited_to_one_at_a_time(up: Up) -> None:
+def test_training_is_limited_to_one_at_a_time(up: RunningUp) -> None:
     limits = up.api("/concurrency_limits/filter", {"limit": 50, "offset": 0})
     assert {limit["tag"]: limit["concurrency_limit"] for limit in limits}["training"] == 1
 
 
-def test_a_second_up_says_where_the_first_one_runs(up: Up) -> None:
-    environment = {**os.environ, "STILLHOUSE_ROOT": str(up.folder), "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
+def test_a_second_up_says_where_the_first_one_runs(up: RunningUp) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "flows.cli", "up"], env=environment, capture_output=True, text=True, check=False
+        [sys.executable, "-m", "flows.cli", "up"], env=up.environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 2
     assert up.state["prefect_url"] in done.stderr
 
 
-def test_when_a_child_dies_it_is_named_and_all_end(up: Up) -> None:
+def test_when_a_child_dies_it_is_named_and_all_end(up: RunningUp) -> None:
     """Last test of this module: it ends the servers."""
     pids = {name: each["pid"] for name, each in up.state["children"].items()}
     psutil.Process(pids["MLflow UI"]).kill()
