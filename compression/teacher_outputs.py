@@ -6,7 +6,7 @@ Augmented views are pure functions of (seed, view, sample id); stored logits are
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -33,6 +33,8 @@ class OutputsSpec(Frozen):
     """Of the views."""
     augment: AnyAugment
     """Of the views."""
+    features: bool = False
+    """Store penultimate features of every view too; losses that compare features need them."""
 
 
 def write_teacher_outputs(
@@ -45,8 +47,9 @@ def write_teacher_outputs(
 ) -> None:
     """Store a teacher's float16 outputs.
 
-    ``logits.npy`` [views, N_train, C] on augmented views in order of the train split, ``validation.npy`` [N_val, C] and
-    ``features.npy`` [N_val, D] (penultimate) on plain validation images, ``ids.npy`` [N_train], ``outputs.json``.
+    ``logits.npy`` [views, N_train, C] on augmented views in order of the train split, with ``spec.features`` also
+    ``view_features.npy`` [views, N_train, D]; ``validation.npy`` [N_val, C] and ``features.npy`` [N_val, D]
+    (penultimate) on plain validation images, ``ids.npy`` [N_train], ``outputs.json``.
     Equal teacher, data and spec give equal bytes, whichever process writes them (same machine and threads).
 
     Raises:
@@ -57,9 +60,17 @@ def write_teacher_outputs(
     size, classes = len(train.labels), dataset.num_classes
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     with frozen(model), torch.no_grad():
-        store = np.lib.format.open_memmap(
-            folder / "logits.npy", mode="w+", dtype=np.float16, shape=(spec.views, size, classes)
-        )
+        logits, features = [], []
+        for start in range(0, len(validation.labels), BATCH_SIZE):
+            some_logits, some_features = penultimate(
+                model, _inputs(validation.images[start : start + BATCH_SIZE], dataset)
+            )
+            logits.append(_half(some_logits))
+            features.append(_half(some_features))
+        width = features[0].shape[1] if spec.features else None
+        stores = [_memmap(folder / "logits.npy", (spec.views, size, classes))]
+        if width is not None:
+            stores.append(_memmap(folder / "view_features.npy", (spec.views, size, width)))
         for view in range(spec.views):
             for start in range(0, size, BATCH_SIZE):
                 stop = min(start + BATCH_SIZE, size)
@@ -70,18 +81,14 @@ def write_teacher_outputs(
                     seed=spec.seed,
                     config=spec.augment,
                 )
-                store[view, start:stop] = _half(model(_inputs(raw, dataset)))
+                images = _inputs(raw, dataset)
+                outputs = (model(images),) if width is None else penultimate(model, images)
+                for store, values in zip(stores, outputs, strict=True):
+                    store[view, start:stop] = _half(values)
                 if on_progress is not None:
                     on_progress(view * size + stop, spec.views * size)
-        store.flush()
-        del store
-        logits, features = [], []
-        for start in range(0, len(validation.labels), BATCH_SIZE):
-            some_logits, some_features = penultimate(
-                model, _inputs(validation.images[start : start + BATCH_SIZE], dataset)
-            )
-            logits.append(_half(some_logits))
-            features.append(_half(some_features))
+        for store in stores:
+            store.flush()
     np.save(folder / "validation.npy", np.concatenate(logits))
     np.save(folder / "features.npy", np.concatenate(features))
     np.save(folder / "ids.npy", train.ids.numpy())
@@ -92,6 +99,10 @@ def write_teacher_outputs(
         "class_names": list(dataset.class_names),
     }
     (folder / "outputs.json").write_text(json.dumps(facts, indent=1, sort_keys=True), encoding="utf-8")
+
+
+def _memmap(path: Path, shape: tuple[int, ...]) -> np.memmap:
+    return np.lib.format.open_memmap(path, mode="w+", dtype=np.float16, shape=shape)
 
 
 def _inputs(raw: Tensor, dataset: Dataset) -> Tensor:
@@ -115,7 +126,9 @@ class StoredOutputs:
         facts = json.loads((folder / "outputs.json").read_text(encoding="utf-8"))
         self.spec = OutputsSpec.model_validate(facts["spec"])
         self.class_names = tuple(facts["class_names"])
-        self._logits = np.load(folder / "logits.npy", mmap_mode="r" if self.spec.views else None)
+        mode: Literal["r"] | None = "r" if self.spec.views else None
+        self._logits = np.load(folder / "logits.npy", mmap_mode=mode)
+        self._features = np.load(folder / "view_features.npy", mmap_mode=mode) if self.spec.features else None
         self.validation_logits = torch.from_numpy(np.load(folder / "validation.npy")).float()
         """[N_val, C], float32."""
         self.validation_features = torch.from_numpy(np.load(folder / "features.npy")).float()
@@ -144,6 +157,22 @@ class StoredOutputs:
         Raises:
             CompressionError: that view or one of the samples was not stored.
         """
+        return torch.from_numpy(self._logits[view, self._places(ids, view)].astype(np.float32))
+
+    def features(self, ids: Tensor, view: int) -> Tensor:
+        """Float32 penultimate features [B,D] of samples ``ids`` [B] in augmented view ``view``.
+
+        Raises:
+            CompressionError: features, that view, or one of the samples were not stored.
+        """
+        if self._features is None:
+            raise CompressionError(
+                "Teacher outputs have no features of their views, expected some. Store them again with features: true."
+            )
+        return torch.from_numpy(self._features[view, self._places(ids, view)].astype(np.float32))
+
+    def _places(self, ids: Tensor, view: int) -> np.ndarray:
+        """Rows of the samples in the stored arrays."""
         if not 0 <= view < self.spec.views:
             raise CompressionError(
                 f"Teacher outputs have {self.spec.views} views, expected view {view} among them. Raise distill.views."
@@ -157,4 +186,4 @@ class StoredOutputs:
                 f"Teacher outputs have no sample {int(wanted[missing][0])}, expected all samples of the batch. "
                 "They were stored for other data."
             )
-        return torch.from_numpy(self._logits[view, rows].astype(np.float32))
+        return rows

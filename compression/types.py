@@ -51,11 +51,13 @@ class TeacherOutputs:
     """What a panel of K teachers gave for one batch, and how much each counts per sample.
 
     ``logits`` is [teachers, batch, classes], float32, no gradient; ``weights`` is [teachers, batch],
-    non-negative, and sums to 1 over teachers.
+    non-negative, and sums to 1 over teachers; ``features`` holds the penultimate features of each teacher,
+    [batch, its width], when a loss needs them.
     """
 
     logits: Tensor
     weights: Tensor
+    features: tuple[Tensor, ...] = ()
 
     def probs(self, temperature: float = 1.0) -> Tensor:
         """Mixture of the softened teacher distributions, [batch, classes]."""

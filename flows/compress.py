@@ -90,14 +90,14 @@ def story(recipe: Recipe) -> Outcome:
         for teacher in recipe.teachers
     }
 
-    def outputs_of(name: str, views: int) -> StageResult:
-        spec = OutputsSpec(views=views, seed=seed, augment=augment)
+    def outputs_of(name: str, views: int, features: bool = False) -> StageResult:
+        spec = OutputsSpec(views=views, seed=seed, augment=augment, features=features)
         return store_outputs(name=name, teacher=teachers[name], data=data, spec=spec)
 
     first_look = {name: outputs_of(name, views=0) for name in teachers}
     selection = select_teachers(name="panel", config=recipe.select, outputs=first_look, data=data)
     chosen = selection.info.get("panel", list(teachers)[: recipe.select.panel_size])
-    panel = {name: outputs_of(name, views=recipe.distill.views) for name in chosen}
+    panel = {name: outputs_of(name, recipe.distill.views, recipe.distill.teacher_features) for name in chosen}
 
     best = best_of(teachers)
     found = search(

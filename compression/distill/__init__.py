@@ -3,6 +3,7 @@
 from compression.distill.config import DistillConfig
 from compression.distill.losses import AnyLoss, CrossEntropy, Kd
 from compression.distill.run import (
+    DistillationStep,
     check_panel,
     distill,
     distillation_step,
@@ -10,7 +11,7 @@ from compression.distill.run import (
     plain_step,
 )
 from compression.distill.teachers import AnyCombination, Confidence, Uniform
-from compression.distill.types import CombineFn, LossFn, TeacherLogits
+from compression.distill.types import CombineFn, Helper, LossFn, Needs, Progress, Shapes, TeacherLogits
 
 __all__ = [
     "AnyCombination",
@@ -19,8 +20,13 @@ __all__ = [
     "Confidence",
     "CrossEntropy",
     "DistillConfig",
+    "DistillationStep",
+    "Helper",
     "Kd",
     "LossFn",
+    "Needs",
+    "Progress",
+    "Shapes",
     "TeacherLogits",
     "Uniform",
     "check_panel",

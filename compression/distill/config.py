@@ -28,4 +28,15 @@ class DistillConfig(Frozen):
     def _some_weight(self) -> "DistillConfig":
         if sum(loss.weight for loss in self.losses) <= 0:
             raise ValueError("losses have weights that sum to 0, expected more. Raise one of them.")
+        active = [loss for loss in self.losses if loss.weight > 0]
+        if all(loss.needs.another_term for loss in active):
+            raise ValueError(
+                f"losses have '{active[0].kind}' alone, expected another term beside it, because it matches the batch "
+                "as a whole and cannot teach which image is which. Add cross_entropy or kd."
+            )
         return self
+
+    @property
+    def teacher_features(self) -> bool:
+        """Whether a loss needs stored features beside logits."""
+        return any(loss.needs.teacher_features for loss in self.losses)

@@ -15,8 +15,9 @@ from compression.data.dataset import Dataset
 from compression.distill.config import DistillConfig
 from compression.distill.losses import AnyLoss
 from compression.distill.teachers import AnyCombination
-from compression.distill.types import TeacherLogits
+from compression.distill.types import Progress, Shapes, TeacherLogits, helpers_of
 from compression.errors import CompressionError, ShapeError
+from compression.features import frozen, penultimate
 from compression.train import Hardware, History, Row, SetTraining, StepFn, fit
 from compression.types import Batch, Outputs, TeacherOutputs
 
@@ -31,47 +32,99 @@ def plain_step(label_smoothing: float = 0.0) -> StepFn:
     return step
 
 
+class DistillationStep:
+    """A step that learns from stored teacher outputs, and from ``live`` teachers run on each batch.
+
+    Stored ones come first among the K teachers. Live ones are put into inference mode, lose their gradients,
+    and move to the device of the batch. Terms are named by the kind of loss; the second ``kd`` is ``kd_2``.
+    """
+
+    def __init__(
+        self,
+        losses: Sequence[AnyLoss],
+        combination: AnyCombination,
+        stored: Sequence[TeacherLogits],
+        live: Sequence[nn.Module] = (),
+        *,
+        epochs: int = 1,
+    ) -> None:
+        """Build losses and combination; ``epochs`` is the length of the training, for losses that change with it.
+
+        Raises:
+            CompressionError: there are no losses or no teachers, or a loss cannot teach alone.
+        """
+        if not losses or not (stored or live):
+            raise CompressionError(
+                f"Distillation has {len(losses)} losses and {len(stored) + len(live)} teachers, expected at "
+                "least one of each. Use plain_step to learn from labels alone."
+            )
+        for teacher in live:
+            teacher.eval().requires_grad_(False)
+        self.stored, self.live, self.epochs = stored, live, epochs
+        self.combine = combination.build()
+        self.terms = [(name, loss.weight, loss.build()) for name, loss in zip(_names(losses), losses, strict=True)]
+        self._helpers = helpers_of([self.combine, *(loss for _, _, loss in self.terms)])
+        self.helpers = nn.ModuleList(self._helpers)
+        """Parts of losses and combination that are trained, or kept, beside the student."""
+        self.student_features = any(loss.needs.student_features for loss in losses)
+        self.teacher_features = any(loss.needs.teacher_features for loss in losses)
+
+    def prepare(self, student: nn.Module, dataset: Dataset) -> None:
+        """Let the helpers make their parts and look at the data; call once, before training.
+
+        The random state decides the parts' initial weights. The student's mode is given back.
+        """
+        if not self._helpers:
+            return
+        shapes = Shapes(dataset.num_classes, _width(student, dataset), tuple(self._teacher_widths(dataset)))
+        for helper in self._helpers:
+            helper.prepare(shapes)
+            helper.observe(self.stored, dataset)
+
+    def __call__(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        """Weighted loss terms of a batch, by name."""
+        for helper in self._helpers:
+            helper.progress = Progress(epoch=batch.epoch, epochs=self.epochs)
+        device = batch.images.device
+        logits = [each.logits(batch.ids, batch.view).to(device) for each in self.stored]
+        features: list[Tensor] = []
+        if self.teacher_features:
+            features = [each.features(batch.ids, batch.view).to(device) for each in self.stored]
+        with torch.no_grad():
+            for teacher in self.live:
+                outputs = _outputs(_ready(teacher, batch.images), batch.images, features=self.teacher_features)
+                logits.append(outputs.logits.float())
+                features += outputs.features.values()
+        panel = torch.stack(logits)
+        teachers = TeacherOutputs(panel, self.combine(panel, batch.labels), tuple(features))
+        student = _outputs(model, batch.images, features=self.student_features)
+        return {name: weight * loss(student, teachers, batch.labels) for name, weight, loss in self.terms}
+
+    def _teacher_widths(self, dataset: Dataset) -> list[int]:
+        if not self.teacher_features:
+            return []
+        first = dataset.train.ids[:1]
+        stored = [each.features(first, 0).shape[1] for each in self.stored]
+        return stored + [_width(teacher, dataset) for teacher in self.live]
+
+
 def distillation_step(
     losses: Sequence[AnyLoss],
     combination: AnyCombination,
     stored: Sequence[TeacherLogits],
     live: Sequence[nn.Module] = (),
-) -> StepFn:
-    """Return a step that learns from stored teacher outputs, and from ``live`` teachers run on each batch.
-
-    Stored ones come first among the K teachers. Live ones are put into inference mode, lose their gradients,
-    and move to the device of the batch. Terms are named by the kind of loss; the second ``kd`` is ``kd_2``.
-
-    Raises:
-        CompressionError: there are no losses or no teachers.
-    """
-    if not losses or not (stored or live):
-        raise CompressionError(
-            f"Distillation has {len(losses)} losses and {len(stored) + len(live)} teachers, expected at "
-            "least one of each. Use plain_step to learn from labels alone."
-        )
-    for teacher in live:
-        teacher.eval().requires_grad_(False)
-    combine = combination.build()
-    terms = [(name, loss.weight, loss.build()) for name, loss in zip(_names(losses), losses, strict=True)]
-
-    def step(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-        logits = [each.logits(batch.ids, batch.view).to(batch.images.device) for each in stored]
-        with torch.no_grad():
-            logits += [_ready(teacher, batch.images)(batch.images).float() for teacher in live]
-        panel = torch.stack(logits)
-        teachers = TeacherOutputs(logits=panel, weights=combine(panel, batch.labels))
-        student = Outputs(logits=model(batch.images))
-        return {name: weight * loss(student, teachers, batch.labels) for name, weight, loss in terms}
-
-    return step
+    *,
+    epochs: int = 1,
+) -> DistillationStep:
+    """Return :class:`DistillationStep`; call its ``prepare`` before training with losses that have helpers."""
+    return DistillationStep(losses, combination, stored, live, epochs=epochs)
 
 
 def live_distillation_step(
     losses: Sequence[AnyLoss], combination: AnyCombination, teachers: Sequence[nn.Module]
-) -> StepFn:
+) -> DistillationStep:
     """Return :func:`distillation_step` with live teachers alone."""
-    return distillation_step(losses, combination, (), teachers)
+    return DistillationStep(losses, combination, (), teachers)
 
 
 def distill(
@@ -101,14 +154,21 @@ def distill(
     """
     check_panel(panel, dataset, config, augment)
     _check_student(student, dataset)
-    step = (
-        distillation_step(config.losses, config.teachers, panel) if panel else plain_step(config.train.label_smoothing)
-    )
+    helpers = None
+    if panel:
+        step = DistillationStep(config.losses, config.teachers, panel, epochs=config.train.epochs)
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            step.prepare(student, dataset)
+        helpers = step.helpers
+    else:
+        step = plain_step(config.train.label_smoothing)
     return fit(
         student,
         step,
         dataset,
         config.train,
+        helpers=helpers,
         seed=seed,
         augment=augment,
         views=config.views,
@@ -128,7 +188,13 @@ def check_panel(panel: Sequence[TeacherLogits], dataset: Dataset, config: Distil
         ShapeError: other classes, or the same in another order.
         CompressionError: other augmentation, other seeds, or too few views.
     """
+    wants_features = any(loss.needs.teacher_features for loss in config.losses)
     for number, teacher in enumerate(panel):
+        if wants_features and not teacher.spec.features:
+            raise CompressionError(
+                f"Outputs of teacher {number} of the panel have no features, but a loss needs them. "
+                "Store them again with features: true."
+            )
         if teacher.class_names != dataset.class_names:
             raise ShapeError(
                 f"Teacher {number} of the panel has {len(teacher.class_names)} classes "
@@ -150,22 +216,33 @@ def check_panel(panel: Sequence[TeacherLogits], dataset: Dataset, config: Distil
 
 def _check_student(student: nn.Module, dataset: Dataset) -> None:
     """Run one sample through the student, without touching its state."""
-    modes = [(module, module.training) for module in student.modules()]
-    sample = torch.zeros(1, *dataset.input_shape)
-    parameter = next(student.parameters(), sample)
-    try:
-        student.eval()
-        with torch.no_grad():
-            found = list(student(sample.to(parameter.device)).shape)
-    finally:
-        for module, training in modes:
-            module.training = training
+    with frozen(student), torch.no_grad():
+        found = list(student(_sample(student, dataset)).shape)
     if found != [1, dataset.num_classes]:
         raise ShapeError(
             f"Student '{type(student).__name__}' has logits of shape {found} for one image, expected "
             f"[1, {dataset.num_classes}], the classes of data set '{dataset.name}'. "
             "Build it with that many classes."
         )
+
+
+def _sample(model: nn.Module, dataset: Dataset) -> Tensor:
+    """One image of zeros [1,C,H,W] where the model is."""
+    sample = torch.zeros(1, *dataset.input_shape)
+    return sample.to(next(model.parameters(), sample).device)
+
+
+def _width(model: nn.Module, dataset: Dataset) -> int:
+    """Number of penultimate features; mode and gradients of the model are given back."""
+    with frozen(model), torch.no_grad():
+        return penultimate(model, _sample(model, dataset))[1].shape[1]
+
+
+def _outputs(model: nn.Module, images: Tensor, *, features: bool) -> Outputs:
+    if not features:
+        return Outputs(logits=model(images))
+    logits, found = penultimate(model, images)
+    return Outputs(logits=logits, features={"penultimate": found})
 
 
 def _names(losses: Sequence[AnyLoss]) -> list[str]:

@@ -15,7 +15,7 @@ from compression.augment import AnyAugment, normalise
 from compression.card import MethodCard
 from compression.checkpoint import load_checkpoint
 from compression.data import Dataset
-from compression.distill import DistillConfig, check_panel, distillation_step
+from compression.distill import DistillationStep, DistillConfig, Kd, check_panel
 from compression.errors import CheckpointError
 from compression.metrics import Metrics, evaluate
 from compression.quantize.prepared import (
@@ -71,6 +71,7 @@ def qat(
     step: StepFn,
     seed: int,
     augment: AnyAugment,
+    helpers: nn.Module | None = None,
     views: int | None = None,
     augment_seed: int | None = None,
     checkpoint_dir: Path | None = None,
@@ -88,6 +89,7 @@ def qat(
         step: What to learn from, as for ``fit``.
         seed: Of permutations, views and dropout.
         augment: Training-time augmentation.
+        helpers: As for ``fit``.
         views: As for ``fit``.
         augment_seed: As for ``fit``.
         checkpoint_dir: As for ``fit``.
@@ -120,6 +122,7 @@ def qat(
         config.train,
         seed=seed,
         augment=augment,
+        helpers=helpers,
         views=views,
         augment_seed=augment_seed,
         checkpoint_dir=checkpoint_dir,
@@ -168,12 +171,21 @@ def quantize(
 ) -> QuantizedStudent:
     """Quantize a student with the losses it was distilled with; the panel and its own float form teach it.
 
+    Losses that look at the student's features are left out, since the captured graph has none to show; if nothing is
+    left, kd at temperature 1 takes their place.
+
     Raises:
         CompressionError: see ``qat``.
     """
+    losses = [loss for loss in distillation.losses if not loss.needs.student_features]
+    if not any(loss.weight > 0 and not loss.needs.another_term for loss in losses):
+        losses = [Kd(weight=1.0, temperature=1.0)]
     check_panel(panel, dataset, distillation, augment)
     live = [copy.deepcopy(student).eval()]
-    step = distillation_step(distillation.losses, distillation.teachers, panel, live)
+    step = DistillationStep(losses, distillation.teachers, panel, live, epochs=config.train.epochs)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        step.prepare(student, dataset)
     prepared, history = qat(
         student,
         dataset,
@@ -181,6 +193,7 @@ def quantize(
         step=step,
         seed=seed,
         augment=augment,
+        helpers=step.helpers,
         views=distillation.views,
         augment_seed=panel[0].spec.seed if panel else seed,
         checkpoint_dir=checkpoint_dir,

@@ -9,7 +9,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -65,7 +65,7 @@ def fit(
     on_epoch: Callable[[Row], None] | None = None,
     on_step: Callable[[int, int], None] | None = None,
     set_training: SetTraining = nn.Module.train,
-    extra_parameters: Iterable[nn.Parameter] = (),
+    helpers: nn.Module | None = None,
 ) -> History:
     """Return the learning curve of ``model``, which is trained in place and left in inference mode.
 
@@ -87,7 +87,7 @@ def fit(
         on_epoch: gets each new row of the history.
         on_step: gets (steps done, steps in all) after each step, and before that step's state is saved.
         set_training: ``(model, mode)`` switches between training and inference.
-        extra_parameters: trained beside the model's own, say a projector of a loss.
+        helpers: trained beside the model and part of the training state, say the projector of a loss.
 
     Raises:
         CompressionError: a loss term is not finite, or the checkpoints belong to another run.
@@ -111,7 +111,7 @@ def fit(
     cuda = [fabric.device] if fabric.device.type == "cuda" else []
     with torch.random.fork_rng(devices=cuda):
         torch.manual_seed(seed + fabric.global_rank)
-        training = _Training(model, step, dataset, config, batches, fabric, list(extra_parameters), set_training)
+        training = _Training(model, step, dataset, config, batches, fabric, helpers or nn.Module(), set_training)
         try:
             history = training.run(checkpoint_dir, on_epoch=on_epoch, on_step=on_step)
         finally:
@@ -132,7 +132,7 @@ class _Training:
         config: TrainConfig,
         batches: Batches,
         fabric: Any,
-        extra_parameters: list[nn.Parameter],
+        helpers: nn.Module,
         set_training: SetTraining,
     ) -> None:
         self.model = fabric.to_device(model.to(memory_format=torch.channels_last))  # type: ignore[call-overload]
@@ -143,9 +143,9 @@ class _Training:
             batches,
             fabric,
         )
-        self.extra_parameters, self.set_training = extra_parameters, set_training
+        self.helpers, self.set_training = helpers.to(fabric.device), set_training
         self.total_steps = config.epochs * batches.steps_per_epoch
-        parameters = [p for p in (*model.parameters(), *extra_parameters) if p.requires_grad]
+        parameters = [p for p in (*model.parameters(), *helpers.parameters()) if p.requires_grad]
         if not parameters:
             raise CompressionError(
                 f"Model '{type(model).__name__}' has 0 trainable parameters, expected at least 1. "
@@ -270,7 +270,7 @@ class _Training:
             ],
             "data": self.dataset.hashes,
             "parameters": shapes,
-            "extra": [list(p.shape) for p in self.extra_parameters],
+            "helpers": {name: list(value.shape) for name, value in self.helpers.state_dict().items()},
             "world_size": self.batches.world_size,
         }
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
@@ -282,7 +282,7 @@ class _Training:
         state = {
             "fingerprint": self.fingerprint,
             "model": self.model.state_dict(),
-            "extra_parameters": [p.detach() for p in self.extra_parameters],
+            "helpers": self.helpers.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
             "precision": self.fabric.strategy.precision.state_dict(),
@@ -307,9 +307,7 @@ class _Training:
                 "schedule), expected this run's. Remove the folder to start afresh."
             )
         self.model.load_state_dict(state["model"])
-        with torch.no_grad():
-            for parameter, saved in zip(self.extra_parameters, state["extra_parameters"], strict=True):
-                parameter.copy_(saved)
+        self.helpers.load_state_dict(state["helpers"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         self.fabric.strategy.precision.load_state_dict(state["precision"])

@@ -56,6 +56,20 @@ def test_validation_logits_and_features_are_plain_forwards(dataset: Dataset, fol
     torch.testing.assert_close(stored.validation_features, features, atol=2e-3, rtol=2e-3)
 
 
+def test_features_of_every_view_are_stored_when_asked_for(dataset: Dataset, folder: Path, tmp_path: Path) -> None:
+    spec = SPEC.model_copy(update={"features": True})
+    write_teacher_outputs(make_teacher(), dataset, spec, tmp_path)
+    stored, without = StoredOutputs.open(tmp_path), StoredOutputs.open(folder)
+    ids = dataset.train.ids[torch.tensor([3, 90, 7])]
+    raw = augment(dataset.train.images[torch.tensor([3, 90, 7])], ids, view=2, seed=7, config=SPEC.augment)
+    with torch.no_grad():
+        _, fresh = penultimate(make_teacher(), normalise(raw, dataset.preprocessing))
+    torch.testing.assert_close(stored.features(ids, 2), fresh, atol=2e-3, rtol=2e-3)
+    assert torch.equal(stored.logits(ids, 2), without.logits(ids, 2))
+    with pytest.raises(CompressionError, match="features: true"):
+        without.features(ids, 2)
+
+
 WRITE = """
 import sys
 from pathlib import Path

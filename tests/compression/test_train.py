@@ -175,17 +175,24 @@ def test_equals_a_loop_written_by_hand():
         torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-5, msg=name)
 
 
-def test_frozen_parameters_stay_and_extra_parameters_move():
-    model, extra = make_net(), nn.Parameter(torch.ones(3))
+class Helper(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(3))
+        self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
+
+
+def test_frozen_parameters_stay_and_helpers_move():
+    model, helper = make_net(), Helper()
     model[0].requires_grad_(False)
     before = model[0].weight.clone()
 
     def step(net, batch):
-        return {"fit": F.cross_entropy(net(batch.images), batch.labels), "extra": extra.square().sum()}
+        return {"fit": F.cross_entropy(net(batch.images), batch.labels), "extra": helper.scale.square().sum()}
 
-    history = train(model, TrainConfig(epochs=1, batch_size=16), step=step, extra_parameters=[extra])
+    history = train(model, TrainConfig(epochs=1, batch_size=16), step=step, helpers=helper)
     assert torch.equal(model[0].weight, before)
-    assert (extra < 1).all()
+    assert (helper.scale < 1).all()
     row = history.rows[0]
     assert row["loss"] == pytest.approx(row["fit"] + row["extra"])
 
@@ -341,21 +348,24 @@ def test_finished_training_is_not_repeated(tmp_path):
     assert len(second.rows) == len(first.rows) == 2
 
 
-def test_extra_parameters_are_restored(tmp_path):
+def test_parameters_and_buffers_of_helpers_are_restored(tmp_path):
     config = TrainConfig(epochs=1, batch_size=16, checkpoint_every_steps=2)
 
-    def run(**options) -> torch.Tensor:
-        extra = nn.Parameter(torch.ones(3))
+    def run(**options) -> tuple[torch.Tensor, torch.Tensor]:
+        helper = Helper()
 
         def step(net, batch):
-            return {"fit": F.cross_entropy(net(batch.images), batch.labels), "extra": extra.square().sum()}
+            helper.seen += len(batch.labels)
+            return {"fit": F.cross_entropy(net(batch.images), batch.labels), "extra": helper.scale.square().sum()}
 
-        train(make_net(), config, step=step, extra_parameters=[extra], **options)
-        return extra.detach()
+        train(make_net(), config, step=step, helpers=helper, **options)
+        return helper.scale.detach(), helper.seen
 
     with pytest.raises(Stop):
         run(checkpoint_dir=tmp_path, on_step=stop_at(5))
-    assert torch.equal(run(checkpoint_dir=tmp_path), run())
+    resumed, unbroken = run(checkpoint_dir=tmp_path), run()
+    assert torch.equal(resumed[0], unbroken[0])
+    assert int(resumed[1]) == int(unbroken[1]) > 0
 
 
 def test_only_two_checkpoints_stay(tmp_path):

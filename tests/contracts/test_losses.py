@@ -2,6 +2,7 @@
 
 import importlib
 import pkgutil
+from dataclasses import dataclass
 from typing import get_args
 
 import pytest
@@ -11,28 +12,81 @@ from hypothesis import strategies as st
 
 import compression.distill.losses as package
 from compression.card import MethodCard
-from compression.distill import AnyLoss, CrossEntropy, Kd
+from compression.distill import AnyLoss, CrossEntropy, Helper, Kd, Shapes
 from compression.distill.types import LossFn
 from compression.errors import ShapeError
 from compression.types import Frozen, Outputs, TeacherOutputs
 
-CASES = [CrossEntropy(), CrossEntropy(label_smoothing=0.1), Kd(), Kd(temperature=1.0), Kd(temperature=8.0)]
+
+@dataclass(frozen=True)
+class Case:
+    """A loss, and which of the shared properties its formula has; a false one is explained at the row."""
+
+    config: AnyLoss
+    shift_invariant: bool = True
+    """A constant added to a row of logits changes nothing."""
+    batch_mean: bool = True
+    """The loss of a batch is the mean over its samples."""
+    teacher_order: bool = True
+    """Teachers may change places."""
+
+
+CASES = [
+    Case(CrossEntropy()),
+    Case(CrossEntropy(label_smoothing=0.1)),
+    Case(Kd()),
+    Case(Kd(temperature=1.0)),
+    Case(Kd(temperature=8.0)),
+]
 
 BATCH, CLASSES, TEACHERS = 6, 5, 2
+SHAPES = Shapes(num_classes=CLASSES, student_width=4, teacher_widths=(7, 3))
 
 
-@pytest.fixture(params=CASES, ids=str)
-def loss(request) -> LossFn:
-    return request.param.build()
+def built(config: AnyLoss) -> LossFn:
+    """The loss, ready for SHAPES; the parts of a helper do not drop out."""
+    loss = config.build()
+    if isinstance(loss, Helper):
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            loss.prepare(SHAPES)
+        loss.eval()
+    return loss
+
+
+@pytest.fixture(params=CASES, ids=lambda case: str(case.config))
+def case(request) -> Case:
+    return request.param
+
+
+@pytest.fixture
+def loss(case: Case) -> LossFn:
+    return built(case.config)
 
 
 def randn(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
+def student_of(logits: torch.Tensor, features: torch.Tensor | None = None) -> Outputs:
+    """Student outputs with the logits, and features that do not depend on them."""
+    given = randn(len(logits), SHAPES.student_width, seed=21) if features is None else features
+    return Outputs(logits, {"penultimate": given.to(logits.dtype)})
+
+
 def panel(logits: torch.Tensor) -> TeacherOutputs:
     weights = torch.full(logits.shape[:2], 1.0 / len(logits), dtype=logits.dtype)
-    return TeacherOutputs(logits=logits, weights=weights)
+    features = tuple(
+        randn(logits.shape[1], width, seed=31 + number).to(logits.dtype)
+        for number, width in enumerate(SHAPES.teacher_widths[: len(logits)])
+    )
+    return TeacherOutputs(logits, weights, features)
+
+
+def rows(teachers: TeacherOutputs, order: torch.Tensor) -> TeacherOutputs:
+    """The outputs for some samples of the batch."""
+    features = tuple(each[order] for each in teachers.features)
+    return TeacherOutputs(teachers.logits[:, order], teachers.weights[:, order], features)
 
 
 def inputs(seed: int = 0) -> tuple[torch.Tensor, TeacherOutputs, torch.Tensor]:
@@ -54,7 +108,7 @@ def test_every_file_of_the_folder_is_in_the_union():
 
 
 def test_every_member_has_a_case_a_card_and_a_round_trip():
-    assert {type(case) for case in CASES} == set(get_args(AnyLoss))
+    assert {type(case.config) for case in CASES} == set(get_args(AnyLoss))
     for member in get_args(AnyLoss):
         assert isinstance(member.card, MethodCard)
         assert all(member.card.model_dump().values())
@@ -67,7 +121,7 @@ def test_every_member_has_a_case_a_card_and_a_round_trip():
 
 def test_gives_a_finite_non_negative_float32_scalar(loss):
     student, teachers, labels = inputs()
-    value = loss(Outputs(student), teachers, labels)
+    value = loss(student_of(student), teachers, labels)
     assert value.shape == ()
     assert value.dtype == torch.float32
     assert torch.isfinite(value)
@@ -76,80 +130,103 @@ def test_gives_a_finite_non_negative_float32_scalar(loss):
 
 def test_gradient_goes_to_the_student_alone(loss):
     student, teachers, labels = inputs()
-    student.requires_grad_()
-    teachers.logits.requires_grad_()
-    teachers.weights.requires_grad_()
-    loss(Outputs(student), teachers, labels).backward()
-    assert student.grad is not None
-    assert student.grad.abs().sum() > 0
-    assert teachers.logits.grad is None
-    assert teachers.weights.grad is None
+    features = randn(BATCH, SHAPES.student_width, seed=21)
+    for tensor in (student, features, teachers.logits, teachers.weights, *teachers.features):
+        tensor.requires_grad_()
+    loss(student_of(student, features), teachers, labels).backward()
+    assert sum(float(each.grad.abs().sum()) for each in (student, features) if each.grad is not None) > 0
+    for tensor in (teachers.logits, teachers.weights, *teachers.features):
+        assert tensor.grad is None
+
+
+def test_parts_of_a_helper_learn_and_make_the_round_trip(case):
+    loss = built(case.config)
+    if not isinstance(loss, Helper):
+        return
+    student, teachers, labels = inputs()
+    value = loss(student_of(student), teachers, labels)
+    value.backward()
+    for name, parameter in loss.named_parameters():
+        assert parameter.grad is not None, name
+    again = case.config.build()
+    again.prepare(SHAPES)
+    again.load_state_dict(loss.state_dict())
+    torch.testing.assert_close(again.eval()(student_of(student), teachers, labels), value)
 
 
 def test_order_of_the_batch_changes_nothing(loss):
     student, teachers, labels = inputs()
     order = torch.randperm(BATCH, generator=torch.Generator().manual_seed(3))
-    mixed = TeacherOutputs(teachers.logits[:, order], teachers.weights[:, order])
-    torch.testing.assert_close(
-        loss(Outputs(student[order]), mixed, labels[order]), loss(Outputs(student), teachers, labels)
-    )
+    whole = student_of(student)
+    mixed = student_of(student[order], whole.features["penultimate"][order])
+    torch.testing.assert_close(loss(mixed, rows(teachers, order), labels[order]), loss(whole, teachers, labels))
 
 
-def test_order_of_the_teachers_changes_nothing(loss):
+def test_order_of_the_teachers_changes_nothing(case, loss):
     student, teachers, labels = inputs()
-    swapped = TeacherOutputs(teachers.logits.flip(0), teachers.weights.flip(0))
-    torch.testing.assert_close(loss(Outputs(student), swapped, labels), loss(Outputs(student), teachers, labels))
+    swapped = TeacherOutputs(teachers.logits.flip(0), teachers.weights.flip(0), teachers.features[::-1])
+    if case.teacher_order:
+        torch.testing.assert_close(
+            loss(student_of(student), swapped, labels), loss(student_of(student), teachers, labels)
+        )
 
 
-def test_is_a_mean_over_the_batch(loss):
+def test_is_a_mean_over_the_batch(case, loss):
     student, teachers, labels = inputs()
+    whole = student_of(student)
     singles = [
         loss(
-            Outputs(student[i : i + 1]),
-            TeacherOutputs(teachers.logits[:, i : i + 1], teachers.weights[:, i : i + 1]),
+            student_of(student[i : i + 1], whole.features["penultimate"][i : i + 1]),
+            rows(teachers, torch.tensor([i])),
             labels[i : i + 1],
         )
         for i in range(BATCH)
     ]
-    torch.testing.assert_close(torch.stack(singles).mean(), loss(Outputs(student), teachers, labels))
+    if case.batch_mean:
+        torch.testing.assert_close(torch.stack(singles).mean(), loss(whole, teachers, labels))
 
 
 @pytest.mark.parametrize("scale", [1e3, 1e4])
 def test_finite_value_and_gradient_at_extreme_logits(loss, scale):
     student, teachers, labels = inputs()
     student = (student * scale).requires_grad_()
-    value = loss(Outputs(student), TeacherOutputs(teachers.logits * scale, teachers.weights), labels)
+    features = randn(BATCH, SHAPES.student_width, seed=21).requires_grad_()
+    extreme = TeacherOutputs(teachers.logits * scale, teachers.weights, teachers.features)
+    value = loss(student_of(student, features), extreme, labels)
     value.backward()
     assert torch.isfinite(value)
-    assert student.grad is not None
-    assert torch.isfinite(student.grad).all()
+    for tensor in (student, features):
+        assert tensor.grad is None or torch.isfinite(tensor.grad).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_logits_are_widened(loss, dtype):
     student, teachers, labels = inputs()
     narrow = student.to(dtype)
-    half = loss(Outputs(narrow), teachers, labels)
+    features = randn(BATCH, SHAPES.student_width, seed=21).to(dtype)
+    half = loss(student_of(narrow, features), teachers, labels)
     assert half.dtype == torch.float32
-    torch.testing.assert_close(half, loss(Outputs(narrow.float()), teachers, labels))
+    torch.testing.assert_close(half, loss(student_of(narrow.float(), features.float()), teachers, labels))
 
 
 def test_works_under_autocast(loss):
     student, teachers, labels = inputs()
-    expected = loss(Outputs(student), teachers, labels)
+    expected = loss(student_of(student), teachers, labels)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        torch.testing.assert_close(loss(Outputs(student), teachers, labels), expected)
+        torch.testing.assert_close(loss(student_of(student), teachers, labels), expected)
 
 
-def test_invariant_to_a_shift_of_any_row(loss):
+def test_invariant_to_a_shift_of_any_row(case, loss):
     student, teachers, labels = inputs()
-    shifted = TeacherOutputs(teachers.logits + randn(TEACHERS, BATCH, 1, seed=8), teachers.weights)
-    torch.testing.assert_close(
-        loss(Outputs(student + randn(BATCH, 1, seed=9)), shifted, labels),
-        loss(Outputs(student), teachers, labels),
-        rtol=1e-4,
-        atol=1e-5,
-    )
+    shifts = randn(TEACHERS, BATCH, 1, seed=8)
+    shifted = TeacherOutputs(teachers.logits + shifts, teachers.weights, teachers.features)
+    if case.shift_invariant:
+        torch.testing.assert_close(
+            loss(student_of(student + randn(BATCH, 1, seed=9)), shifted, labels),
+            loss(student_of(student), teachers, labels),
+            rtol=1e-4,
+            atol=1e-5,
+        )
 
 
 # ---------------------------------------------------------------- the formula of kd

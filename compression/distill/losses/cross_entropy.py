@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from compression.card import MethodCard
-from compression.distill.types import LossFn
+from compression.distill.types import LossFn, Needs
 from compression.types import Frozen, Outputs, TeacherOutputs
 
 
@@ -30,6 +30,7 @@ class CrossEntropy(Frozen):
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Mass of the target that is spread over all classes."""
 
+    needs: ClassVar[Needs] = Needs()
     card: ClassVar[MethodCard] = MethodCard(
         name="Cross entropy",
         paper="Label smoothing: Szegedy et al. 2015, arXiv:1512.00567",

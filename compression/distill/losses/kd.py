@@ -6,13 +6,12 @@ Legend: K teachers, B batch, C classes.
 from functools import partial
 from typing import Annotated, ClassVar, Literal
 
-import torch
 from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
 from compression.card import MethodCard
-from compression.distill.types import LossFn
+from compression.distill.types import LossFn, Needs, widened
 from compression.errors import ShapeError
 from compression.types import Frozen, Outputs, TeacherOutputs
 
@@ -34,19 +33,15 @@ def kd(student: Outputs, teachers: TeacherOutputs, labels: Tensor, *, temperatur
         ShapeError: the teachers have another number of classes than the student.
     """
     del labels
-    logits = _wide(student.logits)
+    logits = widened(student.logits)
     if teachers.logits.shape[1:] != logits.shape:
         raise ShapeError(
             f"Teacher logits have shape {list(teachers.logits.shape)}, expected [teachers, batch, classes] "
             f"with {list(logits.shape)} as the student's. Use teachers of the same classes."
         )
-    wide = TeacherOutputs(logits=_wide(teachers.logits.detach()), weights=_wide(teachers.weights.detach()))
+    wide = TeacherOutputs(logits=widened(teachers.logits.detach()), weights=widened(teachers.weights.detach()))
     log_student = F.log_softmax(logits / temperature, dim=-1)
     return F.kl_div(log_student, wide.probs(temperature), reduction="batchmean") * temperature**2
-
-
-def _wide(values: Tensor) -> Tensor:
-    return values if values.dtype == torch.float64 else values.float()
 
 
 class Kd(Frozen):
@@ -58,6 +53,7 @@ class Kd(Frozen):
     temperature: Annotated[float, Field(gt=0, le=100)] = 2.0
     """Softening of both sides; 1 compares the plain distributions."""
 
+    needs: ClassVar[Needs] = Needs()
     card: ClassVar[MethodCard] = MethodCard(
         name="Knowledge distillation",
         paper="Hinton, Vinyals, Dean 2015, arXiv:1503.02531",
