@@ -8,6 +8,7 @@ from compression.types import Frozen
 def catalogue() -> dict[str, list[type[Frozen]]]:
     """Return kind of method -> its config classes, in the order of the unions; each carries a ``card``."""
     from compression.distill.losses import AnyLoss
+    from compression.distill.samplers import AnySampler
     from compression.distill.teachers import AnyCombination
     from compression.quantize import AnyQuantizer
     from compression.search import AnySearch, AnySpace
@@ -21,6 +22,7 @@ def catalogue() -> dict[str, list[type[Frozen]]]:
         "criteria": members(AnyCriterion),
         "combinations": members(AnyCombination),
         "losses": members(AnyLoss),
+        "samplers": members(AnySampler),
         "quantizers": members(AnyQuantizer),
     }
 

@@ -163,15 +163,25 @@ def compare(
         console.print(f"Wrote {csv}.")
 
 
-@app.command(epilog="Examples: stillhouse methods; stillhouse methods losses; stillhouse methods losses kd")
+@app.command(
+    epilog="Examples: stillhouse methods; stillhouse methods losses; stillhouse methods distill kd; "
+    "stillhouse methods selectors --json"
+)
 def methods(
-    kind: Annotated[str | None, typer.Argument(help="Kind of method: losses, combinations, selectors, ...")] = None,
+    kind: Annotated[
+        str | None,
+        typer.Argument(
+            help="Kind of method (losses or loss, combinations, selectors, ...), or a stage: select, search, distill, "
+            "quantize."
+        ),
+    ] = None,
     name: Annotated[str | None, typer.Argument(help="One method, to see its card and fields.")] = None,
+    json_: Annotated[bool, typer.Option("--json", help="Print cards and fields as JSON, for programs.")] = False,
 ) -> None:
     """List the methods a recipe can name, and their cards: paper, formula, needs, cost, evidence here."""
     from flows.methods import show_methods
 
-    show_methods(console, kind, name)
+    show_methods(console, kind, name, as_json=json_)
 
 
 @app.command(epilog="Example: stillhouse init my-parts --data /data/parts")

@@ -1,50 +1,115 @@
-"""The catalogue as people read it."""
+"""The catalogue as people and programs read it."""
 
 import difflib
+import json
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
+from pydantic_core import to_jsonable_python
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from compression.catalogue import catalogue
 from compression.errors import InputError
+from compression.types import Frozen
+
+STAGES = {
+    "distill": ("losses", "combinations", "samplers"),
+    "select": ("selectors",),
+    "search": ("searchers", "spaces", "criteria"),
+    "quantize": ("quantizers",),
+}
+"""Stage of a recipe -> the kinds it can name, in the order in which a method is looked for."""
+SINGULAR = {"losses": "loss", "criteria": "criterion"}
+"""Of the kinds that do not just lose an s."""
 
 
-def show_methods(console: Console, kind: str | None, name: str | None) -> None:
-    """Print all kinds, one kind, or the card and fields of one method.
+def show_methods(console: Console, kind: str | None, name: str | None, *, as_json: bool = False) -> None:
+    """Print all kinds, one kind or stage, or the card and fields of one method; as JSON for programs.
 
     Raises:
         InputError: no such kind or method.
     """
-    kinds = catalogue()
-    if kind is not None and kind not in kinds:
-        raise InputError(_unknown("Kind", kind, list(kinds)))
-    for each, configs in kinds.items():
-        if kind not in (None, each):
-            continue
-        by_name = {config.model_fields["kind"].default: config for config in configs}
+    chosen = _chosen(kind, name)
+    if as_json:
+        facts = {each: [method_facts(config) for config in configs] for each, configs in chosen.items()}
+        console.out(json.dumps(facts, indent=1), highlight=False)
+        return
+    for each, configs in chosen.items():
         if name is not None:
-            if name not in by_name:
-                raise InputError(_unknown("Method", name, list(by_name)))
-            _show_card(console, by_name[name])
+            _show_card(console, configs[0])
             return
         table = Table("method", "what it does", "source", title=each)
-        for method, config in by_name.items():
+        for config in configs:
             card = getattr(config, "card", None)
-            table.add_row(method, card.summary if card else (config.__doc__ or "").strip(), card.paper if card else "")
+            summary = card.summary if card else (config.__doc__ or "").strip()
+            table.add_row(_kind(config), escape(summary), escape(card.paper) if card else "")
         console.print(table)
 
 
-def _show_card(console: Console, config: type) -> None:
+def method_facts(config: type[Frozen]) -> dict[str, Any]:
+    """Return kind, the texts of the card, and ``fields``: name -> type, default and meaning; all JSON values.
+
+    A field that must be given has no default.
+    """
+    card = getattr(config, "card", None)
+    fields = {}
+    for field, facts in config.model_fields.items():
+        fields[field] = {"type": _type_name(facts.annotation), "meaning": facts.description or ""}
+        if not facts.is_required():
+            fields[field]["default"] = to_jsonable_python(facts.get_default(call_default_factory=True))
+    return {"kind": _kind(config), **(card.model_dump() if card is not None else {}), "fields": fields}
+
+
+def _chosen(kind: str | None, name: str | None) -> dict[str, list[type[Frozen]]]:
+    """Return the asked part of the catalogue: everything, some kinds, or one method of one kind."""
+    kinds = catalogue()
+    if kind is None:
+        return kinds
+    aliases = {SINGULAR.get(each, each.removesuffix("s")): (each,) for each in kinds}
+    aliases |= {stage: tuple(each for each in parts if each in kinds) for stage, parts in STAGES.items()}
+    aliases |= {each: (each,) for each in kinds}
+    if kind not in aliases:
+        raise InputError(_unknown("Kind", kind, list(kinds)))
+    chosen = {each: kinds[each] for each in aliases[kind]}
+    if name is None:
+        return chosen
+    for each, configs in chosen.items():
+        for config in configs:
+            if _kind(config) == name:
+                return {each: [config]}
+    raise InputError(_unknown("Method", name, [_kind(config) for configs in chosen.values() for config in configs]))
+
+
+def _show_card(console: Console, config: type[Frozen]) -> None:
     card = getattr(config, "card", None)
     if card is not None:
         for field, value in card.model_dump().items():
-            console.print(f"[bold]{field}[/]: {value}")
+            console.print(f"[bold]{field}[/]: {escape(value)}")
     table = Table("field", "type", "default", "meaning")
     for field, facts in config.model_fields.items():
-        kind = getattr(facts.annotation, "__name__", str(facts.annotation))
         default = "required" if facts.is_required() else str(facts.get_default(call_default_factory=True))
-        table.add_row(field, kind, default, facts.description or "")
+        table.add_row(*map(escape, (field, _type_name(facts.annotation), default, facts.description or "")))
     console.print(table)
+
+
+def _kind(config: type[Frozen]) -> str:
+    return config.model_fields["kind"].default
+
+
+def _type_name(annotation: Any) -> str:
+    """Return the type as one writes it, without modules: ``int | None``, ``tuple[float, ...]``, ``'kd'``."""
+    parts, origin = get_args(annotation), get_origin(annotation)
+    if not parts:
+        plain = {type(None): "None", Ellipsis: "..."}.get(annotation)
+        return plain or getattr(annotation, "__name__", str(annotation))
+    if origin is Literal:
+        return " | ".join(map(repr, parts))
+    if origin is Annotated:
+        return _type_name(parts[0])
+    names = [_type_name(part) for part in parts]
+    return " | ".join(names) if origin in (Union, UnionType) else f"{_type_name(origin)}[{', '.join(names)}]"
 
 
 def _unknown(what: str, found: str, known: list[str]) -> str:

@@ -3,6 +3,7 @@
 Legend: K teachers, B batch, C classes.
 """
 
+import copy
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -51,7 +52,7 @@ class DistillationStep:
         """Build losses and combination; ``epochs`` is the length of the training, for losses that change with it.
 
         Raises:
-            CompressionError: there are no losses or no teachers, or a loss cannot teach alone.
+            CompressionError: there are no losses or no teachers.
         """
         if not losses or not (stored or live):
             raise CompressionError(
@@ -143,9 +144,11 @@ def distill(
 ) -> History:
     """Return the learning curve of ``student``, trained in place on what the panel said.
 
-    With an empty panel it is the control arm: same student, schedule and views, cross entropy alone. Views
-    come from the panel's own seed, so that students of several seeds share one set of stored outputs. The
-    other arguments are those of :func:`compression.train.fit`.
+    With an empty panel it is the control arm: same student, schedule, samples and views, cross entropy alone. Views
+    come from the panel's own seed, so that students of several seeds share one set of stored outputs. With a panel
+    each row also has ``teacher_kl`` and the alarms of ``config.monitor``, which may end the training. If
+    the combination asks for it, a frozen copy of the student as it comes in is the last of the teachers. The other
+    arguments are those of :func:`compression.train.fit`.
 
     Raises:
         ShapeError: a teacher has other classes than the data, or the student another number of them.
@@ -155,8 +158,10 @@ def distill(
     check_panel(panel, dataset, config, augment)
     _check_student(student, dataset)
     helpers = None
+    watch = config.monitor.watch(panel, dataset)
     if panel:
-        step = DistillationStep(config.losses, config.teachers, panel, epochs=config.train.epochs)
+        live = [copy.deepcopy(student).eval()] if config.teachers.adds_snapshot else []
+        step = DistillationStep(config.weighted_losses, config.teachers, panel, live, epochs=config.train.epochs)
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             step.prepare(student, dataset)
@@ -178,6 +183,9 @@ def distill(
         on_epoch=on_epoch,
         on_step=on_step,
         set_training=set_training,
+        sampler=config.sampler.build(),
+        on_validation=watch,
+        should_stop=None if watch is None else watch.should_stop,
     )
 
 

@@ -25,8 +25,8 @@ class Needs(Frozen):
     """Penultimate features of the student, in ``Outputs.features["penultimate"]`` [B,D]."""
     teacher_features: bool = False
     """Penultimate features of every teacher, in ``TeacherOutputs.features``."""
-    another_term: bool = False
-    """The loss cannot teach alone: the recipe must list another one beside it."""
+    another_term: str = ""
+    """Why the loss cannot teach alone, so that the recipe must list another one beside it; empty when it can."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,8 @@ class TeacherLogits(Protocol):
 
     spec: OutputsSpec
     class_names: tuple[str, ...]
+    validation_logits: Tensor
+    """Float32 [N,C], on the plain validation split."""
 
     def logits(self, ids: Tensor, view: int) -> Tensor:
         """Return float32 logits [B,C] of samples ``ids`` int64 [B] in view ``view``."""

@@ -9,7 +9,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -23,7 +23,7 @@ from compression.augment import AnyAugment
 from compression.data.dataset import Dataset
 from compression.errors import CompressionError
 from compression.metrics import predict
-from compression.train.batches import Batches
+from compression.train.batches import Batches, Sampler
 from compression.train.config import Hardware, TrainConfig
 from compression.train.divergence import divergence
 from compression.train.step_checkpoint import load_state, save_state
@@ -40,6 +40,12 @@ SetTraining = Callable[[nn.Module, bool], object]
 Row = dict[str, Any]
 """One epoch of a learning curve."""
 
+OnValidation = Callable[[Tensor, Sequence[Row]], dict[str, float]]
+"""(validation logits float32 [N,C], rows so far, the epoch at hand last) -> entries that its row gets besides."""
+
+ShouldStop = Callable[[Sequence[Row]], bool]
+"""(rows so far, never none) -> whether the training ends here; asked after each epoch and when one goes on."""
+
 
 @dataclass
 class History:
@@ -47,7 +53,7 @@ class History:
 
     rows: list[Row] = field(default_factory=list)
     """One per epoch: epoch, loss, each loss term, validation_accuracy, validation_nll, seconds,
-    learning_rate."""
+    learning_rate, and what ``on_validation`` added."""
 
 
 def fit(
@@ -66,6 +72,9 @@ def fit(
     on_step: Callable[[int, int], None] | None = None,
     set_training: SetTraining = nn.Module.train,
     helpers: nn.Module | None = None,
+    sampler: Sampler | None = None,
+    on_validation: OnValidation | None = None,
+    should_stop: ShouldStop | None = None,
 ) -> History:
     """Return the learning curve of ``model``, which is trained in place and left in inference mode.
 
@@ -88,6 +97,10 @@ def fit(
         on_step: gets (steps done, steps in all) after each step, and before that step's state is saved.
         set_training: ``(model, mode)`` switches between training and inference.
         helpers: trained beside the model and part of the training state, say the projector of a loss.
+        sampler: which samples each epoch shows; all of them when None.
+        on_validation: measures more on the validation logits of each epoch.
+        should_stop: ends the training early, at whatever point its schedule is; must depend on the rows alone, so
+            that a training that goes on from a checkpoint ends where an unbroken one does.
 
     Raises:
         CompressionError: a loss term is not finite, or the checkpoints belong to another run.
@@ -107,13 +120,20 @@ def fit(
         device=fabric.device,
         rank=fabric.global_rank,
         world_size=fabric.world_size,
+        sampler=sampler,
     )
     cuda = [fabric.device] if fabric.device.type == "cuda" else []
     with torch.random.fork_rng(devices=cuda):
         torch.manual_seed(seed + fabric.global_rank)
         training = _Training(model, step, dataset, config, batches, fabric, helpers or nn.Module(), set_training)
         try:
-            history = training.run(checkpoint_dir, on_epoch=on_epoch, on_step=on_step)
+            history = training.run(
+                checkpoint_dir,
+                on_epoch=on_epoch,
+                on_step=on_step,
+                on_validation=on_validation,
+                should_stop=should_stop,
+            )
         finally:
             model.zero_grad(set_to_none=True)
             model.to(home)
@@ -172,12 +192,14 @@ class _Training:
         *,
         on_epoch: Callable[[Row], None] | None,
         on_step: Callable[[int, int], None] | None,
+        on_validation: OnValidation | None,
+        should_stop: ShouldStop | None,
     ) -> History:
         """Train to the end, from the newest checkpoint when there is one."""
         per_epoch, every = self.batches.steps_per_epoch, self.config.checkpoint_every_steps
         if checkpoint_dir is not None:
             self.restore(checkpoint_dir)
-        while self.epoch < self.config.epochs:
+        while self.epoch < self.config.epochs and not self.stopped(should_stop):
             started = time.perf_counter() - self.elapsed
             self.set_training(self.model, True)
             for batch in self.batches.epoch(self.epoch, self.step_in_epoch):
@@ -189,7 +211,7 @@ class _Training:
                     on_step(done, self.total_steps)
                 if checkpoint_dir is not None and (done % every == 0 or done == self.total_steps):
                     self.save(checkpoint_dir, done)
-            row = self.finish_epoch(started)
+            row = self.finish_epoch(started, on_validation)
             if on_epoch is not None:
                 on_epoch(row)
         return self.history
@@ -216,9 +238,16 @@ class _Training:
         for name, value in zip(terms, values, strict=True):
             self.sums[name] = self.sums.get(name, 0.0) + value
 
-    def finish_epoch(self, started: float) -> Row:
+    def stopped(self, should_stop: ShouldStop | None) -> bool:
+        """Whether the rows so far end the training; the first rank decides for all."""
+        if should_stop is None or not self.history.rows:
+            return False
+        stop = should_stop(self.history.rows)
+        return bool(self.fabric.broadcast(stop)) if self.batches.world_size > 1 else stop
+
+    def finish_epoch(self, started: float, on_validation: OnValidation | None) -> Row:
         """Measure the validation split, add the epoch's row, and move to the next epoch."""
-        accuracy, nll = self.validate()
+        logits, accuracy, nll = self.validate()
         steps = self.batches.steps_per_epoch
         means = torch.tensor([total / steps for total in self.sums.values()], dtype=torch.float64)
         if self.batches.world_size > 1:
@@ -232,13 +261,15 @@ class _Training:
             "seconds": time.perf_counter() - started,
             "learning_rate": float(self.optimizer.param_groups[0]["lr"]),
         }
+        if on_validation is not None:
+            row |= on_validation(logits, [*self.history.rows, row])
         self.history.rows.append(row)
         logger.debug("Epoch %d: %s", self.epoch, row)
         self.epoch, self.step_in_epoch, self.sums, self.elapsed = self.epoch + 1, 0, {}, 0.0
         return row
 
-    def validate(self) -> tuple[float, float]:
-        """Return accuracy (0..1) and nll (nats) of the un-augmented validation split."""
+    def validate(self) -> tuple[Tensor, float, float]:
+        """Return logits [N,C], accuracy (0..1) and nll (nats) of the un-augmented validation split."""
         device = self.fabric.device
 
         def logits_of(images: Tensor) -> Tensor:
@@ -254,7 +285,7 @@ class _Training:
                 f"Validation nll after epoch {self.epoch} has value {nll}, expected a finite number. "
                 "The last step made weights or batch-norm statistics non-finite: lower train.learning_rate."
             )
-        return float((logits.argmax(dim=1) == labels).double().mean()), nll
+        return logits, float((logits.argmax(dim=1) == labels).double().mean()), nll
 
     @cached_property
     def fingerprint(self) -> str:
@@ -272,6 +303,7 @@ class _Training:
             "parameters": shapes,
             "helpers": {name: list(value.shape) for name, value in self.helpers.state_dict().items()},
             "world_size": self.batches.world_size,
+            "sampler": None if self.batches.sampler is None else self.batches.sampler.name,
         }
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 

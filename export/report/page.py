@@ -118,6 +118,10 @@ def drawings(run: RunFolder) -> dict[str, str]:
             "validation accuracy per epoch",
         ),
         "loss": (plots.curves(students, "loss", "training loss"), "training loss per epoch"),
+        "hacking": (
+            plots.teacher_hacking(students),
+            "validation NLL over the divergence from the teachers, from right to left as training goes on",
+        ),
         "reliability": (plots.reliability(run.reliability), "accuracy over confidence per model"),
         "gains": (
             plots.bars(gains, "accuracy gained over its control (points)"),

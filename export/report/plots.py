@@ -179,6 +179,32 @@ def curves(histories: Mapping[str, Sequence[Mapping[str, Any]]], key: str, label
     return figure
 
 
+def teacher_hacking(histories: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure | None:
+    """Validation NLL over the divergence from the teachers, a path from right to left per distilled student.
+
+    A path that turns upward on its way to the left is a student that learns its teachers' faults; epochs of an
+    alarm have a ring.
+    """
+    keys = ("teacher_kl", "validation_nll")
+    paths = {name: [row for row in rows if _has(row, *keys)] for name, rows in histories.items()}
+    paths = {name: rows for name, rows in paths.items() if len(rows) > 1}
+    if not paths:
+        return None
+    with _canvas() as (figure, axes):
+        for i, (name, rows) in enumerate(paths.items()):
+            x, y = ([row[key] for row in rows] for key in keys)
+            style, colour, mark = "--" if i >= len(SERIES) else "-", SERIES[i % 7], MARKS[i % 7]
+            axes.plot(x, y, style, color=colour, marker=mark, markersize=4, linewidth=1.6, label=name)
+            alarms = [n for n, row in enumerate(rows) if row.get("hacking_u_shape") or row.get("hacking_power_law")]
+            if alarms:
+                rings = ([values[n] for n in alarms] for values in (x, y))
+                axes.plot(*rings, "o", markersize=10, markerfacecolor="none", markeredgecolor=INK)
+        axes.set(xlabel="divergence from the teachers (nats)", ylabel="validation NLL (nats)")
+        axes.invert_xaxis()
+        figure.legend(loc="outside upper left", ncols=2, handletextpad=0.5, columnspacing=1.2)
+    return figure
+
+
 def latency(samples: "Samples", reference: str, batch: int, floor: float | None) -> Figure | None:
     """Bar per model: median ratio to the reference of the same round, with its IQR; noise floor shaded."""
     from export.latency import AGAIN, round_ratios

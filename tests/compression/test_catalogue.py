@@ -5,11 +5,11 @@ from typing import get_args
 from compression.augment import AnyAugment
 from compression.card import MethodCard
 from compression.catalogue import catalogue, members
-from compression.distill import AnyCombination, AnyLoss, DistillConfig
+from compression.distill import AnyCombination, AnyLoss, AnySampler, DistillConfig
 from compression.quantize import AnyQuantizer, Qat
 from compression.select import AnySelector
 
-KINDS = ["selectors", "searchers", "spaces", "criteria", "combinations", "losses", "quantizers"]
+KINDS = ["selectors", "searchers", "spaces", "criteria", "combinations", "losses", "samplers", "quantizers"]
 
 
 def test_holds_every_union_in_its_order():
@@ -17,6 +17,7 @@ def test_holds_every_union_in_its_order():
     assert list(found) == KINDS
     assert found["losses"] == list(get_args(AnyLoss))
     assert found["combinations"] == list(get_args(AnyCombination))
+    assert found["samplers"] == list(get_args(AnySampler))
     assert found["selectors"] == list(get_args(AnySelector))
     assert found["quantizers"] == members(AnyQuantizer)
     assert all(found.values())

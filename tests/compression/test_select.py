@@ -1,10 +1,12 @@
 from types import SimpleNamespace
+from typing import get_args
 
 import pytest
 import torch
+from scipy.stats import spearmanr
 
 from compression.errors import CompressionError
-from compression.select import Nll, SelectConfig, Tmi, rank_teachers
+from compression.select import AnySelector, Nll, SelectConfig, SelectionReport, Tmi, agreement, rank_teachers
 from compression.select.nll import nll_score
 from compression.select.tmi import tmi_score
 
@@ -93,3 +95,51 @@ def test_a_panel_larger_than_the_field_and_an_absent_score_are_refused() -> None
     with pytest.raises(CompressionError, match="tmi"):
         rank_teachers(made, labels, SelectConfig(rank_by="tmi", selectors=(Nll(),)))
     assert Tmi().build()(torch.randn(20, 4), torch.randn(20, 2), torch.arange(20) % 2)
+
+
+def test_agreement_is_the_rank_correlation_of_every_two_selectors() -> None:
+    rows = {
+        "a": {"x": 1.0, "y": 2.0, "z": 3.0, "w": 4.0},
+        "same": {"x": 10.0, "y": 20.0, "z": 21.0, "w": 400.0},
+        "back": {"x": 4.0, "y": 3.0, "z": 2.0, "w": 1.0},
+        "tied": {"x": 1.0, "y": 1.0, "z": 3.0, "w": 2.0},
+    }
+    found = agreement(rows)
+    assert found["a"]["same"] == pytest.approx(1)
+    assert found["a"]["back"] == pytest.approx(-1)
+    expected = spearmanr(list(rows["a"].values()), list(rows["tied"].values())).statistic
+    assert found["a"]["tied"] == pytest.approx(float(expected))
+    assert all(found[one][other] == found[other][one] for one in found for other in found[one])
+    assert all(set(row) == set(rows) - {one} for one, row in found.items())
+
+
+def test_agreement_leaves_out_what_cannot_be_said() -> None:
+    assert agreement({"a": {"x": 1.0, "y": 2.0}, "b": {"x": 1.0, "y": 2.0}}) == {}
+    two, flat = {"x": 1.0, "y": 2.0, "z": 3.0}, {"x": 1.0, "y": 1.0, "z": 1.0}
+    assert agreement({"a": two, "flat": flat}) == {}
+    assert set(agreement({"a": two, "b": two, "flat": flat})) == {"a", "b"}
+
+
+def test_every_selector_ranks_every_teacher_and_the_report_survives_json() -> None:
+    made, labels = teachers()
+    selectors = tuple(member() for member in get_args(AnySelector))
+    for selector in selectors:
+        config = SelectConfig(panel_size=2, rank_by=selector.kind, selectors=selectors)
+        report = rank_teachers(made, labels, config)
+        assert set(report.scores) == set(report.ranks) == {each.kind for each in selectors}
+        for kind, row in report.scores.items():
+            assert list(row) == list(made)
+            assert sorted(report.ranks[kind].values()) == [1, 2, 3]
+            assert torch.isfinite(torch.tensor(list(row.values()))).all()
+            best = min(report.ranks[kind], key=report.ranks[kind].__getitem__)
+            assert row[best] == max(row.values())
+        assert report.ranks[selector.kind][report.panel[0]] == 1
+        assert SelectionReport.model_validate_json(report.model_dump_json()) == report
+        assert report.agreement["nll"]["black_box"] == pytest.approx(1)
+
+
+def test_only_cheap_scores_are_computed_unless_asked() -> None:
+    assert [selector.kind for selector in SelectConfig().selectors] == ["nll", "tmi"]
+    assert set(get_args(SelectConfig.model_fields["rank_by"].annotation)) == {
+        member.model_fields["kind"].default for member in get_args(AnySelector)
+    }

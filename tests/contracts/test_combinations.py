@@ -12,10 +12,18 @@ from hypothesis import strategies as st
 import compression.distill.teachers as package
 from compression.card import MethodCard
 from compression.distill import AnyCombination, Confidence, Kd, Uniform
+from compression.distill.teachers import Partition, ValidationWeighted
 from compression.distill.types import CombineFn
 from compression.types import Frozen, Outputs, TeacherOutputs
 
-CASES = [Uniform(), Confidence(), Confidence(labels=False)]
+CASES = [
+    Uniform(),
+    Confidence(),
+    Confidence(labels=False),
+    ValidationWeighted(),
+    Partition(),
+    Partition(labels=False),
+]
 
 
 @pytest.fixture(params=CASES, ids=str)
@@ -49,6 +57,7 @@ def test_every_member_has_a_case_a_card_and_a_round_trip():
         assert all(member.card.model_dump().values())
         assert member.model_validate_json(member().model_dump_json()) == member()
         assert member().kind == member.model_fields["kind"].default
+        assert isinstance(member.adds_snapshot, bool)
 
 
 @given(

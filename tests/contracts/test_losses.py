@@ -11,11 +11,29 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import compression.distill.losses as package
+from compression.augment import NoAugment
 from compression.card import MethodCard
-from compression.distill import AnyLoss, CrossEntropy, Helper, Kd, Shapes
+from compression.data.dataset import Dataset, Split
+from compression.distill import (
+    AnyLoss,
+    BdKd,
+    CrossEntropy,
+    Dhkd,
+    Dist,
+    Dkd,
+    Helper,
+    Kd,
+    Nd,
+    Ofa,
+    Pld,
+    Shapes,
+    Sinkd,
+    TopKld,
+)
 from compression.distill.types import LossFn
 from compression.errors import ShapeError
-from compression.types import Frozen, Outputs, TeacherOutputs
+from compression.teacher_outputs import OutputsSpec
+from compression.types import Frozen, Outputs, Preprocessing, TeacherOutputs
 
 
 @dataclass(frozen=True)
@@ -37,19 +55,74 @@ CASES = [
     Case(Kd()),
     Case(Kd(temperature=1.0)),
     Case(Kd(temperature=8.0)),
+    Case(Pld()),
+    Case(Pld(temperature=4.0, label_floor=0.1)),
+    Case(Dkd()),
+    Case(Dkd(alpha=0.0, temperature=1.0)),
+    Case(Dist(), batch_mean=False),  # correlates the samples of the batch
+    Case(Dist(gamma=0.0, temperature=4.0)),
+    Case(BdKd()),
+    Case(BdKd(temperature=1.0, delta=1.0)),
+    Case(TopKld()),
+    Case(TopKld(top_k=2, temperature=2.0)),
+    Case(Ofa()),
+    Case(Ofa(temperature=2.0, epsilon=1.5)),
+    Case(Sinkd(), batch_mean=False),  # matches the batch as a set
+    Case(Sinkd(debiased=True, epsilon=0.5), batch_mean=False),  # the same
+    Case(Dhkd()),
+    Case(Dhkd(centred=False, temperature=1.0), shift_invariant=False),  # its head follows absolute logits
+    # A teacher has its own projector and class means. In training the projector's batch norm also ties the batch.
+    Case(Nd(), teacher_order=False),
 ]
 
 BATCH, CLASSES, TEACHERS = 6, 5, 2
 SHAPES = Shapes(num_classes=CLASSES, student_width=4, teacher_widths=(7, 3))
 
 
+class Stored:
+    """What a teacher of SHAPES said about OBSERVED, whatever the view."""
+
+    spec = OutputsSpec(views=1, seed=0, augment=NoAugment(), features=True)
+    class_names = tuple("abcde")
+
+    def __init__(self, number: int) -> None:
+        self._logits = randn(len(OBSERVED.train.ids), CLASSES, seed=41 + number)
+        self._features = randn(len(OBSERVED.train.ids), SHAPES.teacher_widths[number], seed=51 + number)
+        self.validation_logits = self._logits[:CLASSES]
+
+    def logits(self, ids: torch.Tensor, view: int) -> torch.Tensor:
+        return self._logits[ids]
+
+    def features(self, ids: torch.Tensor, view: int) -> torch.Tensor:
+        return self._features[ids]
+
+
+def split(start: int, stop: int) -> Split:
+    """Samples by number, the classes in turn."""
+    ids = torch.arange(start, stop)
+    return Split(images=torch.zeros(len(ids), 1, 2, 2), labels=ids % CLASSES, ids=ids)
+
+
+OBSERVED = Dataset(
+    name="observed",
+    class_names=Stored.class_names,
+    preprocessing=Preprocessing(scale=1.0, mean=(0.0,), std=(1.0,)),
+    train=split(0, 15),
+    validation=split(15, 20),
+    calibration=split(20, 25),
+    test=split(25, 30),
+    hashes={},
+)
+
+
 def built(config: AnyLoss) -> LossFn:
-    """The loss, ready for SHAPES; the parts of a helper do not drop out."""
+    """The loss, ready for SHAPES, after a look at OBSERVED; the parts of a helper do not drop out."""
     loss = config.build()
     if isinstance(loss, Helper):
         with torch.random.fork_rng():
             torch.manual_seed(0)
             loss.prepare(SHAPES)
+        loss.observe([Stored(number) for number in range(TEACHERS)], OBSERVED)
         loss.eval()
     return loss
 

@@ -15,6 +15,7 @@ from export.comparison import write_comparison
 from export.evidence import Evidence
 from export.gate import Policy
 from export.latency import AGAIN
+from export.report import plots
 from export.report.page import build_report, shipped_row
 from export.report.run_folder import open_run
 from export.shipping import choose_shipped
@@ -166,9 +167,12 @@ def make_run(root: Path) -> Path:
             for epoch in range(epochs)
         ]
 
+    distilled = history(0.899, 5, 1.6)
+    for row, (kl, nll) in zip(distilled, ((0.9, 0.8), (0.5, 0.5), (0.3, 0.4), (0.2, 0.42), (0.1, 0.5)), strict=True):
+        row |= {"teacher_kl": kl, "validation_nll": nll, "hacking_u_shape": float(nll == 0.5 and kl < 0.2)}
     histories = {
         "teacher-resnet": history(0.924, 7, 1.1),
-        "student distilled": history(0.899, 5, 1.6),
+        "student distilled": distilled,
         "student from scratch": history(0.892, 5, 1.5),
         "quantization-aware": history(0.898, 2, 0.5),
     }
@@ -286,7 +290,7 @@ def test_the_page_is_well_formed_and_loads_nothing_from_outside(html):
     assert "script" not in tags.tags
     assert "url(" not in re.sub(r"url\(#\w+\)", "", html)
     assert len(tags.ids) == len(set(tags.ids)), "ids of inlined plots must not clash"
-    assert tags.tags.count("svg") == 7
+    assert tags.tags.count("svg") == 8
 
 
 def test_every_section_is_there_and_filled(html):
@@ -325,6 +329,21 @@ def test_plots_take_their_colours_from_the_page(html):
         assert not colours, f"fixed colours are invisible in one of the schemes: {colours}"
         assert "var(--" in plot
         assert "<text" in plot
+
+
+def test_distance_from_the_teachers_is_drawn_for_students_that_have_one():
+    rows = [{"epoch": n, "teacher_kl": 1.0 - 0.1 * n, "validation_nll": 0.5 + 0.1 * n} for n in range(4)]
+    alarmed = [row | {"hacking_u_shape": float(n == 3), "hacking_power_law": 0.0} for n, row in enumerate(rows)]
+    figure = plots.teacher_hacking({"student": alarmed, "control": [{"epoch": 0, "validation_nll": 0.4}] * 4})
+    assert figure is not None
+    axes = figure.axes[0]
+    path, rings = axes.lines
+    assert path.get_label() == "student"
+    assert list(path.get_xdata()) == [row["teacher_kl"] for row in rows]
+    assert list(path.get_ydata()) == [row["validation_nll"] for row in rows]
+    assert list(rings.get_xdata()) == [rows[3]["teacher_kl"]]
+    assert axes.get_xlim()[0] > axes.get_xlim()[1]
+    assert plots.teacher_hacking({"control": [{"epoch": 0, "validation_nll": 0.4}] * 4, "short": rows[:1]}) is None
 
 
 def test_user_text_is_escaped(html):

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from compression.card import MethodCard
+from compression.distill.mixture import mixture
 from compression.distill.types import LossFn, Needs, widened
-from compression.errors import ShapeError
 from compression.types import Frozen, Outputs, TeacherOutputs
 
 
@@ -34,14 +34,9 @@ def kd(student: Outputs, teachers: TeacherOutputs, labels: Tensor, *, temperatur
     """
     del labels
     logits = widened(student.logits)
-    if teachers.logits.shape[1:] != logits.shape:
-        raise ShapeError(
-            f"Teacher logits have shape {list(teachers.logits.shape)}, expected [teachers, batch, classes] "
-            f"with {list(logits.shape)} as the student's. Use teachers of the same classes."
-        )
-    wide = TeacherOutputs(logits=widened(teachers.logits.detach()), weights=widened(teachers.weights.detach()))
+    target = mixture(logits, teachers, temperature)
     log_student = F.log_softmax(logits / temperature, dim=-1)
-    return F.kl_div(log_student, wide.probs(temperature), reduction="batchmean") * temperature**2
+    return F.kl_div(log_student, target, reduction="batchmean") * temperature**2
 
 
 class Kd(Frozen):

@@ -1,9 +1,11 @@
 """How much each teacher counts, per sample. One file per combination; a new one joins ``AnyCombination``."""
 
 from compression.distill.teachers.confidence import Confidence
+from compression.distill.teachers.partition import Partition
 from compression.distill.teachers.uniform import Uniform
+from compression.distill.teachers.validation_weighted import ValidationWeighted
 
-AnyCombination = Uniform | Confidence
+AnyCombination = Uniform | Confidence | ValidationWeighted | Partition
 """What a recipe may name under ``distill.teachers``."""
 
-__all__ = ["AnyCombination", "Confidence", "Uniform"]
+__all__ = ["AnyCombination", "Confidence", "Partition", "Uniform", "ValidationWeighted"]

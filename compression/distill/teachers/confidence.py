@@ -18,7 +18,7 @@ def confidence(logits: Tensor, labels: Tensor, *, by_label: bool) -> Tensor:
 
     After the data partition of Roth et al. 2023, "Fantastic Gains and Where to Find Them" (arXiv:2310.17653),
     which picks per sample between one teacher and the frozen initial student. Here the choice is among K
-    teachers, and the initial student takes no part.
+    teachers; in ``partition`` the initial student is one of them.
 
     Args:
         logits: [K,B,C].
@@ -42,6 +42,8 @@ class Confidence(Frozen):
     labels: bool = True
     """Confidence in the true label; off, in the teacher's own first choice (works without labels)."""
 
+    adds_snapshot: ClassVar[bool] = False
+    """Whether a frozen copy of the student as it was before training joins the teachers."""
     card: ClassVar[MethodCard] = MethodCard(
         name="Confidence partition",
         paper="Roth et al. 2023, Fantastic Gains and Where to Find Them, arXiv:2310.17653",

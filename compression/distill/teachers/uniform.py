@@ -21,6 +21,8 @@ class Uniform(Frozen):
 
     kind: Literal["uniform"] = "uniform"
 
+    adds_snapshot: ClassVar[bool] = False
+    """Whether a frozen copy of the student as it was before training joins the teachers."""
     card: ClassVar[MethodCard] = MethodCard(
         name="Uniform mixture",
         paper="Hinton, Vinyals, Dean 2015, arXiv:1503.02531, section 2 (distilling an ensemble)",

@@ -1,0 +1,10 @@
+"""What the student is shown. One file per sampler; a new one adds its name to ``AnySampler``."""
+
+from compression.distill.samplers.full import Full
+from compression.distill.samplers.random_subset import RandomSubset
+from compression.distill.samplers.rs2 import Rs2
+
+AnySampler = Full | Rs2 | RandomSubset
+"""What a recipe may name under ``distill.sampler``."""
+
+__all__ = ["AnySampler", "Full", "RandomSubset", "Rs2"]
