@@ -1,5 +1,6 @@
-"""Progress bars in the terminal for everything that stages report."""
+"""Progress of everything that stages report: bars in a terminal, now and then a line in a log file."""
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -14,7 +15,9 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-_active: "TerminalProgress | None" = None
+_active: "TerminalProgress | LineProgress | None" = None
+
+SECONDS_BETWEEN_LINES = 30.0
 
 
 class TerminalProgress:
@@ -31,10 +34,37 @@ class TerminalProgress:
         self._progress.update(self._bars[text], completed=done, total=total)
 
 
+class LineProgress:
+    """A line when a kind of work ends, and every half minute while it goes on."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._started: dict[str, float] = {}
+        self._last = time.monotonic()
+
+    def __call__(self, text: str, done: int, total: int) -> None:
+        """Say that ``done`` of ``total`` steps of ``text`` are finished, unless something was said just now."""
+        now = time.monotonic()
+        started = self._started.setdefault(text, now)
+        if done < total and now - self._last < SECONDS_BETWEEN_LINES:
+            return
+        self._last = now
+        self._console.print(f"{text}: {done} of {total}, {now - started:.0f} s", markup=False, highlight=False)
+        if done >= total:
+            del self._started[text]
+
+
 @contextmanager
 def terminal_progress(console: Console) -> Iterator[None]:
-    """Show bars while the block runs."""
+    """Show progress while the block runs."""
     global _active
+    if not console.is_terminal:
+        _active = LineProgress(console)
+        try:
+            yield
+        finally:
+            _active = None
+        return
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -42,7 +72,7 @@ def terminal_progress(console: Console) -> Iterator[None]:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+    with Progress(*columns, console=console) as progress:
         _active = TerminalProgress(progress)
         try:
             yield
@@ -51,6 +81,6 @@ def terminal_progress(console: Console) -> Iterator[None]:
 
 
 def show(text: str, done: int, total: int) -> None:
-    """Move the terminal's bar, if there is a terminal."""
+    """Report progress, if ``terminal_progress`` is on."""
     if _active is not None:
         _active(text, done, total)
