@@ -23,3 +23,14 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     yield tmp_path
     for cache in caches:
         cache.cache_clear()
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Equal bits are promised for one thread of training."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from compression.augment import NoAugment, ShiftFlip, augment, normalise
-from compression.data.dataset import Dataset, Split
+from compression.data.dataset import Dataset
 from compression.distill import (
     Confidence,
     CrossEntropy,
@@ -24,41 +24,19 @@ from compression.distill import (
 from compression.errors import CompressionError, ShapeError
 from compression.teacher_outputs import OutputsSpec, StoredOutputs, write_teacher_outputs
 from compression.train import Hardware, TrainConfig, fit
-from compression.types import Batch, Preprocessing
+from compression.types import Batch
+from tests.compression.tiny_data import tiny_dataset
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 CPU = Hardware(accelerator="cpu")
 SHIFT = ShiftFlip(pad=1, flip=False)
 TRAIN = TrainConfig(epochs=2, batch_size=16, learning_rate=0.01)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def blobs(count: int, first_id: int) -> Split:
-    generator = torch.Generator().manual_seed(first_id)
-    labels = torch.arange(count) % 4
-    images = torch.randint(0, 140, (count, 1, 8, 8), generator=generator, dtype=torch.uint8)
-    images[torch.arange(count), 0, labels * 2] += 90
-    return Split(images=images, labels=labels, ids=torch.arange(first_id, first_id + count))
-
-
 @pytest.fixture(scope="module")
 def dataset() -> Dataset:
-    return Dataset(
-        name="blobs",
-        class_names=("a", "b", "c", "d"),
-        preprocessing=Preprocessing(scale=255.0, mean=(0.3,), std=(0.2,)),
-        train=blobs(64, 0),
-        validation=blobs(32, 1000),
-        calibration=blobs(8, 2000),
-        test=blobs(8, 3000),
-        hashes={"train": "blobs"},
-    )
+    return tiny_dataset()
 
 
 def net(width: int, seed: int, classes: int = 4) -> nn.Module:

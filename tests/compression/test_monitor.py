@@ -11,28 +11,22 @@ from torch import Tensor, nn
 
 import compression.distill.monitor as module
 from compression.augment import NoAugment
-from compression.data.dataset import Dataset, Split
+from compression.data.dataset import Dataset
 from compression.distill import DistillConfig, Kd, Monitor, distill, plain_step
 from compression.distill.monitor import power_law_alarm, u_shape_alarm
 from compression.errors import ShapeError
 from compression.metrics import predict
 from compression.teacher_outputs import OutputsSpec
 from compression.train import Hardware, TrainConfig, fit
-from compression.types import Preprocessing
+from tests.compression.tiny_data import tiny_dataset
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 CPU = Hardware(accelerator="cpu")
 EPOCHS, TURN, DRAWS = 40, 15, 200
 ALARMS = {"u_shape": u_shape_alarm, "power_law": power_law_alarm}
 
 Curves = tuple[list[float], list[float]]
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 # ---------------------------------------------------------------- the two alarms
@@ -134,26 +128,9 @@ def test_wrong_settings_are_refused(wrong):
 # ---------------------------------------------------------------- in a training
 
 
-def bars(count: int, first_id: int) -> Split:
-    generator = torch.Generator().manual_seed(first_id)
-    labels = torch.arange(count) % 4
-    images = torch.randint(0, 120, (count, 1, 8, 8), generator=generator, dtype=torch.uint8)
-    images[torch.arange(count), 0, labels * 2] += 100
-    return Split(images=images, labels=labels, ids=torch.arange(first_id, first_id + count))
-
-
 @pytest.fixture(scope="module")
 def dataset() -> Dataset:
-    return Dataset(
-        name="bars",
-        class_names=("a", "b", "c", "d"),
-        preprocessing=Preprocessing(scale=255.0, mean=(0.3,), std=(0.2,)),
-        train=bars(64, 0),
-        validation=bars(40, 1000),
-        calibration=bars(8, 2000),
-        test=bars(8, 3000),
-        hashes={"train": "bars"},
-    )
+    return tiny_dataset(validation=40)
 
 
 def net(seed: int = 1) -> nn.Module:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from compression.augment import NoAugment, normalise
-from compression.data.dataset import Dataset, Split
+from compression.data.dataset import Dataset
 from compression.distill import (
     CrossEntropy,
     DistillConfig,
@@ -23,19 +23,14 @@ from compression.errors import ShapeError
 from compression.metrics import predict
 from compression.teacher_outputs import OutputsSpec
 from compression.train import Hardware, TrainConfig
-from compression.types import Batch, Outputs, Preprocessing, TeacherOutputs
+from compression.types import Batch, Outputs, TeacherOutputs
+from tests.compression.tiny_data import tiny_dataset
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 KD = Kd(weight=1.0, temperature=1.0)
 CPU = Hardware(accelerator="cpu")
 CLASSES = 4
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -111,26 +106,9 @@ def test_a_random_start_wins_where_all_teachers_give_the_label_less_than_chance(
 # ---------------------------------------------------------------- in a training
 
 
-def split(count: int, first_id: int) -> Split:
-    generator = torch.Generator().manual_seed(first_id)
-    labels = labels_of(count)
-    images = torch.randint(0, 140, (count, 1, 8, 8), generator=generator, dtype=torch.uint8)
-    images[torch.arange(count), 0, labels * 2] += 90
-    return Split(images=images, labels=labels, ids=torch.arange(first_id, first_id + count))
-
-
 @pytest.fixture(scope="module")
 def dataset() -> Dataset:
-    return Dataset(
-        name="blobs",
-        class_names=("a", "b", "c", "d"),
-        preprocessing=Preprocessing(scale=255.0, mean=(0.3,), std=(0.2,)),
-        train=split(64, 0),
-        validation=split(32, 1000),
-        calibration=split(8, 2000),
-        test=split(8, 3000),
-        hashes={"train": "blobs"},
-    )
+    return tiny_dataset()
 
 
 def net(seed: int, width: int = 12) -> nn.Module:

@@ -25,17 +25,10 @@ from compression.train.loop import one_cycle
 from compression.train.step_checkpoint import load_state
 from compression.types import Preprocessing
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CPU = Hardware(accelerator="cpu")
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Equal bits are promised for one thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def bars(count: int, first_id: int, *, classes: int = 4, size: int = 8) -> Split:

@@ -35,6 +35,9 @@ from compression.train import Hardware, TrainConfig, fit
 from compression.train.batches import Batches, shuffled
 from compression.train.loop import one_cycle
 from compression.types import Frozen, Preprocessing
+from tests.compression.tiny_data import tiny_dataset
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 CASES = [
     Full(),
@@ -53,15 +56,6 @@ LABELS = torch.tensor([0] * 41 + [1] * 7 + [2] * 30 + [4] * 23)[torch.randperm(1
 @pytest.fixture(params=CASES, ids=str)
 def config(request) -> AnySampler:
     return request.param
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Equal bits are promised for one thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def epochs(config: AnySampler, count: int, *, seed: int = 0, labels: Tensor = LABELS) -> list[Tensor]:
@@ -282,26 +276,9 @@ def test_schedule_that_leaves_nothing_to_learn_from_is_refused():
 # ---------------------------------------------------------------- in a training
 
 
-def bars(count: int, first_id: int) -> Split:
-    generator = torch.Generator().manual_seed(first_id)
-    labels = torch.arange(count) % 4
-    images = torch.randint(0, 120, (count, 1, 8, 8), generator=generator, dtype=torch.uint8)
-    images[torch.arange(count), 0, labels * 2] += 100
-    return Split(images=images, labels=labels, ids=torch.arange(first_id, first_id + count))
-
-
 @pytest.fixture(scope="module")
 def dataset() -> Dataset:
-    return Dataset(
-        name="bars",
-        class_names=("a", "b", "c", "d"),
-        preprocessing=Preprocessing(scale=255.0, mean=(0.3,), std=(0.2,)),
-        train=bars(96, 0),
-        validation=bars(40, 1000),
-        calibration=bars(8, 2000),
-        test=bars(8, 3000),
-        hashes={"train": "bars"},
-    )
+    return tiny_dataset(train=96, validation=40)
 
 
 def net(seed: int = 1) -> nn.Module:

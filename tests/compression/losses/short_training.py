@@ -1,7 +1,4 @@
-"""A tiny data set, stored outputs with features, and a distillation on them that takes a fraction of a second.
-
-Legend: N samples.
-"""
+"""Stored outputs with features, and a distillation on them that takes a fraction of a second."""
 
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -11,41 +8,18 @@ import torch
 from torch import Tensor, nn
 
 from compression.augment import ShiftFlip
-from compression.data.dataset import Dataset, Split
+from compression.data.dataset import Dataset
 from compression.distill import AnyLoss, CrossEntropy, DistillationStep, DistillConfig, Uniform, distill
 from compression.teacher_outputs import OutputsSpec, StoredOutputs, write_teacher_outputs
 from compression.train import Hardware, History, TrainConfig
 from compression.train.step_checkpoint import load_state
-from compression.types import Preprocessing
+from tests.compression.tiny_data import CLASSES
 
 SHIFT = ShiftFlip(pad=1, flip=False)
-CLASSES = ("a", "b", "c", "d")
 
 
 class Stop(BaseException):
     """Ends a training as a kill would, but in this process."""
-
-
-def blobs(count: int, first_id: int) -> Split:
-    """Images with a bright row whose place is the class."""
-    generator = torch.Generator().manual_seed(first_id)
-    labels = torch.arange(count) % len(CLASSES)
-    images = torch.randint(0, 140, (count, 1, 8, 8), generator=generator, dtype=torch.uint8)
-    images[torch.arange(count), 0, labels * 2] += 90
-    return Split(images=images, labels=labels, ids=torch.arange(first_id, first_id + count))
-
-
-def tiny() -> Dataset:
-    return Dataset(
-        name="blobs",
-        class_names=CLASSES,
-        preprocessing=Preprocessing(scale=255.0, mean=(0.3,), std=(0.2,)),
-        train=blobs(64, 0),
-        validation=blobs(16, 1000),
-        calibration=blobs(8, 2000),
-        test=blobs(8, 3000),
-        hashes={"train": "blobs"},
-    )
 
 
 def net(width: int, seed: int) -> nn.Module:

@@ -28,8 +28,8 @@ from tests.compression.losses.short_training import (
     net,
     stop_at,
     stored,
-    tiny,
 )
+from tests.compression.tiny_data import tiny_dataset
 
 WIDTH = 5
 LABELS = torch.tensor([0, 1, 2, 3, 0, 1])
@@ -65,7 +65,7 @@ class Teacher:
 
 def dataset(*, without: int | None = None) -> Dataset:
     """The tiny data set in another order, without the samples of one class."""
-    whole = tiny()
+    whole = tiny_dataset(validation=16)
     order = torch.randperm(64, generator=torch.Generator().manual_seed(4))
     if without is not None:
         order = order[whole.train.labels[order] != without]
@@ -237,7 +237,7 @@ def test_is_zero_before_it_has_seen_any_features():
 def test_teachers_without_stored_outputs_are_refused_before_training():
     step = DistillationStep((CrossEntropy(), Nd()), Uniform(), (), [net(8, seed=1)])
     with pytest.raises(CompressionError, match=r"stored outputs of 0 teachers, expected all 1.*features: true"):
-        step.prepare(net(6, seed=3), tiny())
+        step.prepare(net(6, seed=3), tiny_dataset(validation=16))
 
 
 # ---------------------------------------------------------------- projectors
@@ -290,11 +290,11 @@ def test_refuses_teachers_of_other_classes(classes):
 def teachers(tmp_path_factory):
     """One as wide as the student, and a wider one."""
     folder = tmp_path_factory.mktemp("outputs")
-    return [stored(tiny(), folder / str(width), width=width, seed=width) for width in (6, 8)]
+    return [stored(tiny_dataset(validation=16), folder / str(width), width=width, seed=width) for width in (6, 8)]
 
 
 def test_projector_learns_resumes_and_stays_out_of_the_student(teachers, tmp_path):
-    data, loss = tiny(), Nd(weight=2.0)
+    data, loss = tiny_dataset(validation=16), Nd(weight=2.0)
     start = fresh_parts(loss, net(6, seed=3), teachers, data)
     student, parts, history = distilled(loss, teachers, data, tmp_path / "whole")
     assert sorted(parts) == sorted(start)
