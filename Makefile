@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test test-all check format up bench lock clean
+.PHONY: setup demo test test-slow test-all check format up bench lock clean
 
 setup: $(STAMP)
 
@@ -19,6 +19,9 @@ demo: setup  ## Real teachers to a verified edge model on embedded data, with a 
 
 test: setup  ## The quick suite: under 10 minutes on 2 cores
 	$(BIN)/python -m pytest -m "not slow and not browser"
+
+test-slow: setup  ## Whole recipes, killed and resumed, and what only a started run finds; CI runs them too
+	$(BIN)/python -m pytest -m "slow and not browser"
 
 test-all: setup  ## Also the slow tests and the real browser
 	$(BIN)/python -m pytest

@@ -86,6 +86,7 @@ def test_a_pickle_payload_is_refused_and_does_not_run(tmp_path: Path) -> None:
     assert not marker.exists()
 
 
+@pytest.mark.slow
 def test_a_wrong_class_count(tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
@@ -97,6 +98,7 @@ def test_a_wrong_class_count(tmp_path: Path) -> None:
     assert_refused(done, "7", "10", "class")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("labels", "says"),
     [
@@ -142,6 +144,7 @@ def test_an_absent_dataset_says_how_to_get_it(tmp_path: Path) -> None:
     assert_refused(stillhouse(tmp_path, "compress", str(recipe)), "dataset-fashion-mnist", "data.root")
 
 
+@pytest.mark.slow
 def test_a_truncated_dataset_file(tmp_path: Path) -> None:
     for stem, count in (("train", 50), ("t10k", 20)):
         images = struct.pack(">IIII", 2051, count, 28, 28) + bytes(count * 784 - (100 if stem == "train" else 0))

@@ -192,6 +192,7 @@ def test_a_changed_quantizer_keeps_everything_before_it(first: subprocess.Comple
     assert not any("teacher" in line or "distill" in line or "search" in line for line in todo)
 
 
+@pytest.mark.slow
 def test_from_a_stage_on_it_is_done_again(first: subprocess.CompletedProcess[str], place: Path) -> None:
     done = stillhouse(place, "compress", "tiny.yaml", "--from", "gate")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -206,6 +207,7 @@ def test_compare_shows_any_runs(first: subprocess.CompletedProcess[str], place: 
     assert rows_of(place / "all.csv")
 
 
+@pytest.mark.slow
 def test_a_rejected_run_exits_with_1_and_says_why(first: subprocess.CompletedProcess[str], place: Path) -> None:
     done = stillhouse(place, "compress", "tiny.yaml", "--set", "policy.max_size_kib=0.5")
     assert done.returncode == 1, done.stdout + done.stderr
@@ -213,6 +215,7 @@ def test_a_rejected_run_exits_with_1_and_says_why(first: subprocess.CompletedPro
     assert "KiB" in done.stdout
 
 
+@pytest.mark.slow
 def test_killed_in_the_middle_it_goes_on_and_ends_with_the_same_models(place: Path, tmp_path: Path) -> None:
     """SIGKILL during training; the second start resumes and gives the very artifacts of an unbroken run."""
     raw = tiny_recipe()
@@ -271,6 +274,7 @@ def make_image_folder(root: Path) -> None:
             Image.fromarray(picture).save(root / name / f"{index:03d}.png")
 
 
+@pytest.mark.slow
 def test_the_image_folder_template_runs_with_a_timm_teacher(tmp_path: Path) -> None:
     """A user's own pictures and a timm checkpoint, through the shipped template.
 
