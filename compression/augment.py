@@ -5,7 +5,7 @@ Because nothing depends on the batch a sample happens to be in, teacher outputs 
 
 from collections.abc import Callable
 from functools import lru_cache, partial
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
+from compression.card import MethodCard
 from compression.types import Frozen, Preprocessing
 
 AugmentFn = Callable[[Tensor, np.ndarray], Tensor]
@@ -29,6 +30,15 @@ class NoAugment(Frozen):
 
     kind: Literal["none"] = "none"
 
+    card: ClassVar[MethodCard] = MethodCard(
+        name="No augmentation",
+        paper="None to cite.",
+        summary="Every view of an image is the image itself.",
+        needs="Nothing.",
+        cost="None; teacher outputs of one view serve all.",
+        evidence="Not measured on our data yet.",
+    )
+
     def build(self) -> AugmentFn:
         """Return the identity."""
         return _identity
@@ -42,6 +52,16 @@ class ShiftFlip(Frozen):
     """Largest shift in pixels."""
     flip: bool = True
     """Mirror left and right with probability 1/2; off where left and right differ in meaning (digits)."""
+
+    card: ClassVar[MethodCard] = MethodCard(
+        name="Keyed shift and mirror",
+        paper="He et al. 2015, arXiv:1512.03385, section 4.2 (pad, crop and mirror); the keys are ours",
+        summary="The usual small changes, each a pure function of seed, view and sample, so that what a teacher said "
+        "of a view can be stored and looked up.",
+        needs="Images whose meaning a shift does not change; `flip: false` where mirrored images are other classes.",
+        cost="A copy of the batch.",
+        evidence="All results measured on our data were trained like this.",
+    )
 
     def build(self) -> AugmentFn:
         """Return the function that shifts and mirrors."""

@@ -7,7 +7,11 @@ from compression.types import Frozen
 
 def catalogue() -> dict[str, list[type[Frozen]]]:
     """Return kind of method -> its config classes, in the order of the unions; each carries a ``card``."""
+    from compression.augment import AnyAugment
     from compression.distill.losses import AnyLoss
+    from compression.distill.merging import AnyMerge
+    from compression.distill.online import AnyOnline
+    from compression.distill.procedures import AnyProcedure
     from compression.distill.samplers import AnySampler
     from compression.distill.teachers import AnyCombination
     from compression.quantize import AnyQuantizer
@@ -23,6 +27,9 @@ def catalogue() -> dict[str, list[type[Frozen]]]:
         "combinations": members(AnyCombination),
         "losses": members(AnyLoss),
         "samplers": members(AnySampler),
+        "procedures": members(AnyProcedure),
+        "mergers": members(AnyMerge),
+        "augmenters": [*members(AnyAugment), *members(AnyOnline)],
         "quantizers": members(AnyQuantizer),
     }
 

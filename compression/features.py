@@ -1,5 +1,6 @@
 """Looking inside a network without changing it: outputs of submodules, penultimate features, freezing."""
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
@@ -7,6 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from compression.errors import ShapeError
+from compression.types import Outputs
+
+MOST_STAGES = 4
+"""Of a network that keeps one resolution, say a transformer."""
 
 _Classifiers = (nn.Linear, nn.Conv2d)
 
@@ -43,6 +48,87 @@ def frozen(model: nn.Module) -> Iterator[nn.Module]:
             module.training = training
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
+
+
+def stage_names(model: nn.Module, images: Tensor) -> tuple[str, ...]:
+    """Names of the modules whose outputs are a network's feature maps, first stage first.
+
+    Looked at are the children of the network and, of those that are mere sequences, their children. Of each run of
+    outputs of one resolution the last counts, as in a pyramid of features; images of one pixel, which a global mean
+    leaves, do not. Where the network ends in tokens, at most four of the last run of them count, evenly spaced, the
+    last among them. Images are taken to have their channels in front of height and width.
+
+    Raises:
+        ShapeError: the network has no module with such an output.
+    """
+    names = _children(model)
+    with frozen(model), torch.no_grad(), captured(model, names) as seen:
+        model(images)
+    ordered = [name for name in names if isinstance(seen.get(name), Tensor) and _has_positions(seen[name])]
+    if not ordered:
+        raise ShapeError(
+            f"Model '{type(model).__name__}' has no child module whose output is an image or a sequence of tokens, "
+            "expected one at least. Use losses that compare logits."
+        )
+    runs: list[list[str]] = []
+    for name in ordered:
+        if runs and _resolution(seen[runs[-1][-1]]) == _resolution(seen[name]):
+            runs[-1].append(name)
+        else:
+            runs.append([name])
+    last = runs[-1]
+    if seen[last[-1]].ndim == 4:
+        return tuple(run[-1] for run in runs)
+    count = min(MOST_STAGES, len(last))
+    return tuple(last[round((number + 1) * len(last) / count) - 1] for number in range(count))
+
+
+def looked_at(model: nn.Module, images: Tensor, *, features: bool = False, stages: Sequence[str] = ()) -> Outputs:
+    """Logits of one forward pass, and with it penultimate features and the outputs of named modules where asked for."""
+    with captured(model, stages) as seen:
+        if features:
+            logits, found = penultimate(model, images)
+            return Outputs(logits, {"penultimate": found}, tuple(seen[name] for name in stages))
+        logits = model(images)
+    return Outputs(logits, maps=tuple(seen[name] for name in stages))
+
+
+def tokens_of(feature_map: Tensor) -> Tensor:
+    """A map as tokens [B,N,D]; images [B,D,H,W] are read row by row."""
+    return feature_map.flatten(2).transpose(1, 2) if feature_map.ndim == 4 else feature_map
+
+
+def image_of(feature_map: Tensor) -> Tensor:
+    """A map as an image [B,D,H,W]; tokens must make a square.
+
+    Raises:
+        ShapeError: they do not.
+    """
+    if feature_map.ndim == 4:
+        return feature_map
+    batch, count, width = feature_map.shape
+    side = math.isqrt(count)
+    if side * side != count:
+        raise ShapeError(f"Feature map has {count} tokens, expected a square number. Use losses that compare logits.")
+    return feature_map.transpose(1, 2).reshape(batch, width, side, side)
+
+
+def _children(model: nn.Module) -> list[str]:
+    names: list[str] = []
+    for name, child in model.named_children():
+        if isinstance(child, nn.Sequential | nn.ModuleList) and len(child):
+            names += [f"{name}.{inner}" for inner, _ in child.named_children()]
+        else:
+            names.append(name)
+    return names
+
+
+def _has_positions(output: Tensor) -> bool:
+    return output.ndim == 3 or (output.ndim == 4 and output.shape[2:] != (1, 1))
+
+
+def _resolution(feature_map: Tensor) -> tuple[int, ...]:
+    return tuple(feature_map.shape[2:]) if feature_map.ndim == 4 else (feature_map.shape[1],)
 
 
 def penultimate(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,7 @@ from compression.types import Frozen, Preprocessing
 from compression.zoo import (
     AnyModel,
     DepthwiseCnn,
+    Group,
     Mixer,
     PlainCnn,
     ResidualCnn,
@@ -22,6 +23,7 @@ __all__ = [
     "AnyEdit",
     "AnyModel",
     "DepthwiseCnn",
+    "Group",
     "Mixer",
     "ModelSpec",
     "PlainCnn",

@@ -4,6 +4,7 @@ Augmented views are pure functions of (seed, view, sample id); stored logits are
 """
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal
@@ -14,10 +15,10 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from compression.augment import AnyAugment, augment, normalise
-from compression.data.dataset import Dataset
+from compression.data.dataset import Dataset, Split, with_pool
 from compression.errors import CompressionError
 from compression.features import frozen, penultimate
-from compression.types import Frozen
+from compression.types import UNKNOWN, Frozen
 
 BATCH_SIZE = 256
 """Fixed, so that every process cuts the samples in the same places and gets the same bits."""
@@ -35,6 +36,8 @@ class OutputsSpec(Frozen):
     """Of the views."""
     features: bool = False
     """Store penultimate features of every view too; losses that compare features need them."""
+    classes: tuple[str, ...] | None = None
+    """Names of the classes that the teacher knows; the logits of all others are stored as ``UNKNOWN``."""
 
 
 def write_teacher_outputs(
@@ -49,14 +52,17 @@ def write_teacher_outputs(
 
     ``logits.npy`` [views, N_train, C] on augmented views in order of the train split, with ``spec.features`` also
     ``view_features.npy`` [views, N_train, D]; ``validation.npy`` [N_val, C] and ``features.npy`` [N_val, D]
-    (penultimate) on plain validation images, ``ids.npy`` [N_train], ``outputs.json``.
-    Equal teacher, data and spec give equal bytes, whichever process writes them (same machine and threads).
+    (penultimate) on plain validation images, ``ids.npy`` [N_train], ``outputs.json``. The train split includes the
+    unlabelled pool, if there is one. Equal teacher, data and spec give equal bytes, whichever process writes them (same
+    machine and threads).
 
     Raises:
         CompressionError: an output is not finite, or too large for float16.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    dataset = with_pool(dataset)
     train, validation = dataset.train, dataset.validation
+    unknown = _unknown(spec, dataset)
     size, classes = len(train.labels), dataset.num_classes
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     with frozen(model), torch.no_grad():
@@ -65,7 +71,7 @@ def write_teacher_outputs(
             some_logits, some_features = penultimate(
                 model, _inputs(validation.images[start : start + BATCH_SIZE], dataset)
             )
-            logits.append(_half(some_logits))
+            logits.append(_half(some_logits.masked_fill(unknown, UNKNOWN)))
             features.append(_half(some_features))
         width = features[0].shape[1] if spec.features else None
         stores = [_memmap(folder / "logits.npy", (spec.views, size, classes))]
@@ -82,16 +88,106 @@ def write_teacher_outputs(
                     config=spec.augment,
                 )
                 images = _inputs(raw, dataset)
-                outputs = (model(images),) if width is None else penultimate(model, images)
+                some_logits, *some_features = (model(images),) if width is None else penultimate(model, images)
+                outputs = (some_logits.masked_fill(unknown, UNKNOWN), *some_features)
                 for store, values in zip(stores, outputs, strict=True):
                     store[view, start:stop] = _half(values)
                 if on_progress is not None:
                     on_progress(view * size + stop, spec.views * size)
         for store in stores:
             store.flush()
-    np.save(folder / "validation.npy", np.concatenate(logits))
-    np.save(folder / "features.npy", np.concatenate(features))
-    np.save(folder / "ids.npy", train.ids.numpy())
+    _write_rest(folder, dataset, spec, np.concatenate(logits), np.concatenate(features))
+
+
+def write_given_outputs(path: Path, dataset: Dataset, spec: OutputsSpec, folder: Path) -> None:
+    """Store what a black box has said, in the form of :func:`write_teacher_outputs`, every view alike.
+
+    It was asked about plain images, so a view gets what was said of its image; log-probabilities take the place of
+    logits and, for scores that look at them, of features.
+
+    Args:
+        path: see :func:`read_given_outputs`.
+        dataset: train, validation and pool must all be covered.
+        spec: without ``features`` of views.
+        folder: where to write.
+
+    Raises:
+        CompressionError: the file is unreadable or does not cover the data; see :func:`read_given_outputs`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    dataset = with_pool(dataset)
+    ids, logits = read_given_outputs(path, num_classes=dataset.num_classes)
+    logits = np.where(_unknown(spec, dataset).numpy(), UNKNOWN, logits).astype(np.float16)
+    order = np.argsort(ids)
+
+    def of(split: Split, name: str) -> np.ndarray:
+        places = np.searchsorted(ids, split.ids.numpy(), sorter=order).clip(max=len(ids) - 1)
+        rows = order[places]
+        missing = split.ids.numpy()[ids[rows] != split.ids.numpy()]
+        if len(missing):
+            raise CompressionError(
+                f"Outputs file '{path}' has no row for {len(missing)} of {len(split.ids)} {name} samples, the first "
+                f"with id {missing[0]}, expected all. `stillhouse samples RECIPE` writes the images with their ids."
+            )
+        return logits[rows]
+
+    store = _memmap(folder / "logits.npy", (spec.views, len(dataset.train.ids), dataset.num_classes))
+    store[:] = of(dataset.train, "train")
+    store.flush()
+    validation = of(dataset.validation, "validation")
+    _write_rest(folder, dataset, spec, validation, validation)
+
+
+def read_given_outputs(path: Path, *, num_classes: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return ids int64 [M] and log-probabilities float32 [M,C], not below -30, from a black box's ``.npz`` file.
+
+    The file has ``ids`` [M] and ``probabilities`` [M,C], rows summing to 1 within a hundredth.
+
+    Raises:
+        CompressionError: it is missing or unreadable, or an array is not as described.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            ids, probabilities = file["ids"], file["probabilities"]
+    except (OSError, ValueError, KeyError) as error:
+        raise CompressionError(
+            f"Outputs file '{path}' cannot be read ({error}), expected a .npz with ids [M] and probabilities [M,C]. "
+            "Correct the path, or write it again with numpy.savez."
+        ) from error
+    if ids.ndim != 1 or ids.dtype.kind not in "iu" or len(set(ids.tolist())) != len(ids):
+        raise CompressionError(
+            f"Outputs file '{path}' has ids of shape {list(ids.shape)} and type {ids.dtype}, expected distinct whole "
+            "numbers [M]. Take them from `stillhouse samples RECIPE`."
+        )
+    if probabilities.shape != (len(ids), num_classes) or probabilities.dtype.kind != "f":
+        raise CompressionError(
+            f"Outputs file '{path}' has probabilities of shape {list(probabilities.shape)} and type "
+            f"{probabilities.dtype}, expected floats [{len(ids)}, {num_classes}]. One row per id, one column per class."
+        )
+    sums = probabilities.astype(np.float64).sum(1)
+    wrong = ~((probabilities >= 0).all(1) & (np.abs(sums - 1) <= 0.01))
+    if wrong.any():
+        row = int(np.flatnonzero(wrong)[0])
+        raise CompressionError(
+            f"Outputs file '{path}' has a row {row} that is no distribution (sum {sums[row]:.4g}), expected numbers "
+            "not below 0 that sum to 1. Store probabilities, not logits."
+        )
+    tiny = math.exp(-30)
+    return ids.astype(np.int64), np.log(np.maximum(probabilities, tiny)).astype(np.float32)
+
+
+def _unknown(spec: OutputsSpec, dataset: Dataset) -> Tensor:
+    """Whether the teacher does not know the class, bool [C]."""
+    names = spec.classes
+    return torch.tensor([names is not None and name not in names for name in dataset.class_names])
+
+
+def _write_rest(
+    folder: Path, dataset: Dataset, spec: OutputsSpec, validation: np.ndarray, features: np.ndarray
+) -> None:
+    np.save(folder / "validation.npy", validation)
+    np.save(folder / "features.npy", features)
+    np.save(folder / "ids.npy", dataset.train.ids.numpy())
     facts = {
         "format": FORMAT,
         "spec": spec.model_dump(mode="json"),

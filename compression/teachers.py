@@ -1,18 +1,19 @@
 """Teachers: an architecture, and where its weights come from."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 import torch
-from pydantic import StringConstraints
+from pydantic import Field, StringConstraints, model_validator
 from torch import nn
 
 from compression.augment import AnyAugment
 from compression.checkpoint import load_into, load_weights
-from compression.data import Dataset
+from compression.data import Dataset, Split
 from compression.distill import plain_step
-from compression.errors import CheckpointError
+from compression.errors import CheckpointError, CompressionError
 from compression.models import AnyModel, ModelSpec
 from compression.train import History, TrainConfig, fit
 from compression.types import Frozen, Slug
@@ -36,14 +37,45 @@ class FromCheckpoint(Frozen):
     """Refuse the file unless its SHA-256 is this."""
 
 
+class Untrained(Frozen):
+    """Random weights: a negative control, after Sarnthein et al. 2023, "Random Teachers are Good Teachers"
+    (arXiv:2302.12091). A gain that it gives as well is no transfer of knowledge."""
+
+    kind: Literal["untrained"] = "untrained"
+
+
+class FromOutputs(Frozen):
+    """A black box: nothing but the probabilities it gave. Such a teacher has no ``model``."""
+
+    kind: Literal["outputs"] = "outputs"
+    path: Path
+    """A .npz file with ``ids`` int [M] and ``probabilities`` float [M,C] for every train, validation and unlabelled
+    sample; ``stillhouse samples`` writes the images with their ids."""
+
+
 class Teacher(Frozen):
     """One teacher: an architecture, and where its weights come from."""
 
     name: Slug
-    model: AnyModel
-    """Architecture."""
-    source: TrainFromScratch | FromCheckpoint
-    """Trained by the recipe, or loaded."""
+    model: AnyModel | None = None
+    """Architecture; none for a black box."""
+    source: TrainFromScratch | FromCheckpoint | Untrained | FromOutputs
+    """Trained by the recipe, loaded, left random, or a black box."""
+    classes: Annotated[tuple[str, ...], Field(min_length=2)] | None = None
+    """Names of the classes that a specialist knows: it is trained on their samples alone, and says nothing about
+    others. All of them when empty. Its logits are of all classes in any case."""
+
+    @model_validator(mode="after")
+    def _model_where_there_is_one(self) -> Self:
+        black_box = isinstance(self.source, FromOutputs)
+        if black_box != (self.model is None):
+            found = "a model" if black_box else "no model"
+            raise ValueError(
+                f"source of teacher '{self.name}' is '{self.source.kind}' with {found}, expected "
+                f"{'none: a black box has outputs alone' if black_box else 'one'}. "
+                f"{'Remove' if black_box else 'Add'} model."
+            )
+        return self
 
 
 def check_teacher(teacher: Teacher) -> None:
@@ -54,6 +86,11 @@ def check_teacher(teacher: Teacher) -> None:
     """
     if isinstance(teacher.source, FromCheckpoint):
         load_weights(teacher.source.path, sha256=teacher.source.sha256)
+    if isinstance(teacher.source, FromOutputs) and not teacher.source.path.is_file():
+        raise CheckpointError(
+            f"Teacher '{teacher.name}' has no outputs file '{teacher.source.path}', expected a .npz file. "
+            "Correct the path."
+        )
 
 
 def new_spec(model: AnyModel, dataset: Dataset) -> ModelSpec:
@@ -80,8 +117,11 @@ def obtain_teacher(
     """The teacher in eval mode, its specification, and its learning curve when it was trained here.
 
     Raises:
-        CheckpointError: the weights do not fit the architecture or the number of classes.
+        CheckpointError: the weights do not fit the architecture or the number of classes, or there is no model.
+        CompressionError: a specialist's class does not exist, or has no samples.
     """
+    if teacher.model is None:
+        raise CheckpointError(f"Teacher '{teacher.name}' has no model, expected one. A black box has outputs alone.")
     spec = new_spec(teacher.model, dataset)
     torch.manual_seed(seed)
     model = teacher.model.build(spec.num_classes, spec.input_shape)
@@ -90,6 +130,12 @@ def obtain_teacher(
         load_into(model, weights, name=teacher.name)
         _refuse_non_finite(model, teacher.name)
         return model.eval(), spec, None
+    if isinstance(teacher.source, Untrained):
+        return model.eval(), spec, None
+    if not isinstance(teacher.source, TrainFromScratch):
+        raise CheckpointError(f"Teacher '{teacher.name}' has source '{teacher.source.kind}', expected weights.")
+    if teacher.classes is not None:
+        dataset = of_classes(dataset, teacher.classes)
     history = fit(
         model,
         plain_step(teacher.source.train.label_smoothing),
@@ -103,6 +149,27 @@ def obtain_teacher(
         on_step=on_step,
     )
     return model.eval(), spec, history
+
+
+def of_classes(dataset: Dataset, names: Sequence[str]) -> Dataset:
+    """The dataset with the train and validation samples of some classes alone; labels stay as they are.
+
+    Raises:
+        CompressionError: there is no such class.
+    """
+    unknown = [name for name in names if name not in dataset.class_names]
+    if unknown:
+        raise CompressionError(
+            f"Classes of a teacher have '{unknown[0]}', expected names of data set '{dataset.name}': "
+            f"{', '.join(dataset.class_names[:30])}. Correct teachers.classes."
+        )
+    wanted = torch.tensor([name in names for name in dataset.class_names])
+
+    def some(split: Split) -> Split:
+        rows = wanted[split.labels]
+        return Split(images=split.images[rows], labels=split.labels[rows], ids=split.ids[rows])
+
+    return replace(dataset, train=some(dataset.train), validation=some(dataset.validation))
 
 
 def _refuse_non_finite(model: nn.Module, name: str) -> None:

@@ -196,6 +196,25 @@ def init(
     console.print(f"Wrote {write_template(name, data, folder)}. Edit it, then: stillhouse plan {folder / name}.yaml")
 
 
+@app.command(epilog="Example: stillhouse samples recipes/digits.yaml samples.npz")
+def samples(
+    recipe: RecipeArgument,
+    path: Annotated[Path, typer.Argument(help="The .npz file to write.", show_default=False)],
+    set_: SetOption = None,
+) -> None:
+    """Write the recipe's images with their ids, to ask a black-box teacher about them."""
+    from flows.recipe import load_recipe
+    from flows.samples import write_samples
+
+    counts = write_samples(load_recipe(recipe, set_ or []), path)
+    shown = ", ".join(f"{count:,} {name}" for name, count in counts.items())
+    console.print(f"Wrote {path}: ids, images and split of {shown}.")
+    console.print(
+        "Store the teacher's answers with numpy.savez(file, ids=..., probabilities=...), and name the file in"
+    )
+    console.print("the recipe: {name: ..., source: {kind: outputs, path: ...}}.", markup=False)
+
+
 @app.command(epilog="Example: stillhouse up --prefect-port 4200 --mlflow-port 5000")
 def up(
     prefect_port: Annotated[int | None, typer.Option(help="Port of the Prefect server; default: a free one.")] = None,

@@ -19,8 +19,9 @@ from prefect.runtime import flow_run  # noqa: E402
 from prefect.states import Completed  # noqa: E402
 
 from compression.data import check_source  # noqa: E402
+from compression.errors import RecipeError  # noqa: E402
 from compression.teacher_outputs import OutputsSpec  # noqa: E402
-from compression.teachers import FromCheckpoint, check_teacher  # noqa: E402
+from compression.teachers import FromCheckpoint, FromOutputs, check_teacher  # noqa: E402
 from export.comparison import COLUMNS  # noqa: E402
 from export.comparison import show as show_cell  # noqa: E402
 from export.targets import OnnxRuntimeTarget, TensorRtRtxTarget  # noqa: E402
@@ -76,13 +77,22 @@ def story(recipe: Recipe) -> Outcome:
     """The chain of stages. Each takes handles and returns one; nothing flows backward."""
     seed, augment, machine = recipe.seed, recipe.augment, machine_digest()
 
-    data = prepare_data(name=recipe.data.kind, config=recipe.data, source=source_digest(recipe.data), seed=seed)
+    data = prepare_data(
+        name=recipe.data.kind,
+        config=recipe.data,
+        source=source_digest(recipe.data),
+        seed=seed,
+        unlabelled=recipe.unlabelled,
+        unlabelled_source=source_digest(recipe.unlabelled) if recipe.unlabelled is not None else "",
+    )
 
     teachers: Results = {
         teacher.name: make_teacher(
             name=teacher.name,
             teacher=teacher,
-            weights=file_digest(teacher.source.path) if isinstance(teacher.source, FromCheckpoint) else "",
+            weights=file_digest(teacher.source.path)
+            if isinstance(teacher.source, FromCheckpoint | FromOutputs)
+            else "",
             data=data,
             augment=augment,
             seed=seed,
@@ -90,8 +100,11 @@ def story(recipe: Recipe) -> Outcome:
         for teacher in recipe.teachers
     }
 
+    classes = {teacher.name: teacher.classes for teacher in recipe.teachers}
+    models = {teacher.name: teachers[teacher.name] for teacher in recipe.teachers if teacher.model is not None}
+
     def outputs_of(name: str, views: int, features: bool = False) -> StageResult:
-        spec = OutputsSpec(views=views, seed=seed, augment=augment, features=features)
+        spec = OutputsSpec(views=views, seed=seed, augment=augment, features=features, classes=classes[name])
         return store_outputs(name=name, teacher=teachers[name], data=data, spec=spec)
 
     first_look = {name: outputs_of(name, views=0) for name in teachers}
@@ -99,12 +112,12 @@ def story(recipe: Recipe) -> Outcome:
     chosen = selection.info.get("panel", list(teachers)[: recipe.select.panel_size])
     panel = {name: outputs_of(name, recipe.distill.views, recipe.distill.teacher_features) for name in chosen}
 
-    best = best_of(teachers)
+    best = best_of(models)
     found = search(
         name=recipe.search.kind,
         config=recipe.search,
         distillation=recipe.distill,
-        teachers=teachers,
+        teachers=models,
         best_teacher=best,
         panel=panel,
         data=data,
@@ -117,7 +130,7 @@ def story(recipe: Recipe) -> Outcome:
     for finalist in range(len(found.info.get("finalists", range(recipe.search.finalists)))):
         _finish_student(recipe, outcome, f"student-{finalist}", finalist, panel)
 
-    for name, teacher in teachers.items():
+    for name, teacher in models.items():
         outcome.files[f"teacher-{name}.float32"] = export_graph(
             name=f"teacher-{name}.float32", model=teacher, data=data, form="float32", teachers={}
         )
@@ -190,9 +203,11 @@ def _finish_student(recipe: Recipe, outcome: Outcome, name: str, finalist: int, 
             search=outcome.search,
             finalist=finalist,
             panel=taught_by,
+            teachers={name: outcome.teachers[name] for name in taught_by} if config.needs_teachers else {},
             data=data,
             augment=augment,
             seed=seed,
+            files={str(path): file_digest(path) for path in config.files if taught_by},
         )
 
     student = trained(name, panel)
@@ -246,8 +261,13 @@ def preflight(recipe: Recipe) -> Store:
         ArtifactError: the store or the MLflow database cannot be written, or the disk is full.
     """
     check_source(recipe.data)
+    if recipe.unlabelled is not None:
+        check_source(recipe.unlabelled)
     for teacher in recipe.teachers:
         check_teacher(teacher)
+    for path in recipe.distill.files:
+        if not path.is_file():
+            raise RecipeError(f"File '{path}' that distill names does not exist. Correct the path, or write the file.")
     for target in recipe.targets:
         if target.kind != "onnxruntime":
             engine_backend(target.kind)

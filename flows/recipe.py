@@ -31,6 +31,8 @@ class Recipe(Frozen):
     seed: int = Field(default=0, ge=0)
     """Seeds every split, initialisation, permutation and augmented view."""
     data: AnyData
+    unlabelled: AnyData | None = None
+    """More images of the same kind, whose labels are not looked at: students learn what teachers say about them."""
     augment: AnyAugment = NoAugment()
     """Training-time augmentation; a pure function of seed, view and sample, so that teacher outputs can be kept."""
     teachers: tuple[Teacher, ...] = Field(min_length=1)
@@ -57,10 +59,24 @@ class Recipe(Frozen):
                 f"select.panel_size is {self.select.panel_size}, but there are {len(names)} teachers. "
                 "Lower it, or add teachers."
             )
+        with_model = [teacher.name for teacher in self.teachers if teacher.model is not None]
+        if not with_model:
+            raise ValueError(
+                "teachers has black boxes alone, expected one with a model among them: students are compared with its "
+                "size and speed. Add one, say of source train."
+            )
         for number, space in enumerate(self.search.spaces):
             parent = getattr(space, "parent", None)
-            if parent is not None and parent not in names:
-                raise ValueError(f"search.spaces.{number}.parent is '{parent}', expected one of {', '.join(names)}.")
+            if parent is not None and parent not in with_model:
+                raise ValueError(
+                    f"search.spaces.{number}.parent is '{parent}', expected one of {', '.join(with_model)}."
+                )
+        wants = self.distill.needs_teachers or ("a loss" if self.distill.teacher_features else "")
+        if wants and len(with_model) < len(names):
+            raise ValueError(
+                f"teachers has a black box, but {wants} of distill needs more than its outputs. Take losses that "
+                "compare logits, stored teachers, and procedure single."
+            )
         if self.quantize is None:
             for target in self.targets:
                 if target.precision == "int8":

@@ -26,9 +26,18 @@ def source_digest(config: AnyData) -> str:
 
 
 @stage("data", code=("compression.data",), libraries=("torch", "scikit-learn"))
-def prepare_data(work: Work, *, name: str, config: AnyData, source: str, seed: int) -> StageOutput:
-    """Read, validate, split and hash the dataset."""
-    dataset = load_dataset(config, seed=seed)
+def prepare_data(
+    work: Work,
+    *,
+    name: str,
+    config: AnyData,
+    source: str,
+    seed: int,
+    unlabelled: AnyData | None = None,
+    unlabelled_source: str = "",
+) -> StageOutput:
+    """Read, validate, split and hash the dataset; ``unlabelled`` is a second source, of images without labels."""
+    dataset = load_dataset(config, seed=seed, unlabelled=unlabelled)
     with work.store.put("dataset") as draft:
         save_dataset(dataset, draft.folder)
     splits = ("train", "validation", "calibration", "test")
@@ -37,6 +46,8 @@ def prepare_data(work: Work, *, name: str, config: AnyData, source: str, seed: i
         work.run.log_dataset(
             dataset.name, dataset.hashes[split], name, {"num_rows": int(sizes[f"num_{split}"])}, context=split
         )
+    if dataset.pool is not None:
+        sizes["num_pool"] = float(len(dataset.pool.labels))
     return StageOutput(
         artifact=draft.done(),
         metrics={**sizes, "num_classes": float(dataset.num_classes)},

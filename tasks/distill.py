@@ -22,11 +22,17 @@ def distill_student(
     search: StageResult,
     finalist: int,
     panel: Mapping[str, StageResult],
+    teachers: Mapping[str, StageResult],
     data: StageResult,
     augment: AnyAugment,
     seed: int,
+    files: Mapping[str, str],
 ) -> StageOutput:
-    """Train one finalist; with an empty panel it is the control arm without teachers."""
+    """Train one finalist; with an empty panel it is the control arm without teachers.
+
+    ``teachers`` are the models behind the panel where the configuration runs them, else empty;
+    ``files`` the digests of those that its parts read.
+    """
     dataset = open_dataset(work.open(data))
     student, spec = load_checkpoint(work.open(search) / "finalists" / str(finalist))
     history = distill(
@@ -36,6 +42,7 @@ def distill_student(
         config,
         seed=seed,
         augment=augment,
+        teachers=[load_checkpoint(work.open(result))[0] for result in teachers.values()],
         checkpoint_dir=work.scratch,
         on_step=step_reporter(work.report, f"training {name}"),
     )

@@ -297,16 +297,17 @@ def _write_teachers(
         writer.writeheader()
         for name, result in outcome.teachers.items():
             row = f"teacher-{name}.float32"
+            measured = facts["metrics"].get(row, {})  # a black box has no file to measure
             latency = next((item.latency_p50_ms for item in timing.rows if item.model == row), None)
             writer.writerow(
                 {
                     "name": name,
                     "kind": result.info.get("kind"),
                     "in_panel": name in scores.get("panel", []),
-                    **{key: facts["metrics"][row][key] for key in ("accuracy", "nll", "ece")},
+                    **{key: measured.get(key) for key in ("accuracy", "nll", "ece")},
                     "validation_accuracy": result.metrics.get("accuracy"),
                     **{key: result.metrics.get(key) for key in ("params", "macs")},
-                    "size_bytes": outcome.files[row].metrics["size_bytes"],
+                    "size_bytes": outcome.files[row].metrics["size_bytes"] if row in outcome.files else None,
                     "latency_p50_ms": latency,
                 }
             )

@@ -56,7 +56,7 @@ def search(
     dataset = open_dataset(work.open(data))
     parents = {teacher: load_checkpoint(work.open(result)) for teacher, result in teachers.items()}
     stored = [StoredOutputs.open(work.open(result)) for result in panel.values()]
-    short = distillation.model_copy(update={"train": config.train})
+    short = distillation.plain(config.train)
 
     def train_trial(model: nn.Module, number: int, checkpoints: Path) -> float:
         torch.manual_seed(seed)

@@ -1,21 +1,26 @@
 """Stages 2 to 4: teachers, their stored outputs, and the panel."""
 
 import json
+import shutil
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 
-from compression.augment import AnyAugment
+from compression.augment import AnyAugment, NoAugment
 from compression.checkpoint import load_checkpoint, save_checkpoint
-from compression.data import open_dataset
+from compression.data import Dataset, open_dataset
 from compression.metrics import evaluate
 from compression.profile import macs, params, state_bytes
 from compression.select import SelectConfig, rank_teachers
-from compression.teacher_outputs import OutputsSpec, StoredOutputs, write_teacher_outputs
-from compression.teachers import Teacher, obtain_teacher
+from compression.teacher_outputs import OutputsSpec, StoredOutputs, write_given_outputs, write_teacher_outputs
+from compression.teachers import FromOutputs, Teacher, obtain_teacher
 from tasks.progress import step_reporter
 from tasks.stage import StageOutput, StageResult, Work, stage
 
+BLACK_BOX = "black box"
+"""In place of the kind of model, where there are outputs alone."""
+GIVEN = "given.npz"
 MODEL_CODE = ("compression.zoo", "compression.models", "compression.checkpoint")
 TRAINING_CODE = (*MODEL_CODE, "compression.train", "compression.augment")
 
@@ -31,8 +36,10 @@ def make_teacher(
     augment: AnyAugment,
     seed: int,
 ) -> StageOutput:
-    """Load or train one teacher and measure it on the validation split."""
+    """Load or train one teacher and measure it on the validation split; of a black box, keep its file."""
     dataset = open_dataset(work.open(data))
+    if isinstance(teacher.source, FromOutputs):
+        return _keep_outputs(work, teacher.source.path, dataset)
     model, spec, history = obtain_teacher(
         teacher,
         dataset,
@@ -47,7 +54,21 @@ def make_teacher(
     metrics |= evaluate(model, dataset.validation, spec.preprocessing).model_dump(exclude={"num_samples"})
     rows = history.rows if history is not None else []
     work.run.log_series(rows, prefix="train/")
-    return StageOutput(artifact=draft.done(), metrics=metrics, info={"history": rows, "kind": teacher.model.kind})
+    return StageOutput(artifact=draft.done(), metrics=metrics, info={"history": rows, "kind": spec.model.kind})
+
+
+def _keep_outputs(work: Work, path: Path, dataset: Dataset) -> StageOutput:
+    with work.store.put("given_outputs") as draft:
+        spec = OutputsSpec(views=0, seed=0, augment=NoAugment())
+        write_given_outputs(path, dataset, spec, draft.folder / "look")
+        stored = StoredOutputs.open(draft.folder / "look")
+        shutil.copyfile(path, draft.folder / GIVEN)
+    predicted, labels = stored.validation_logits, dataset.validation.labels
+    metrics = {
+        "accuracy": float((predicted.argmax(1) == labels).double().mean()),
+        "nll": float(torch.nn.functional.cross_entropy(predicted.double(), labels)),
+    }
+    return StageOutput(artifact=draft.done(), metrics=metrics, info={"history": [], "kind": BLACK_BOX})
 
 
 def model_metrics(model: torch.nn.Module, input_shape: tuple[int, int, int]) -> dict[str, float]:
@@ -67,6 +88,11 @@ def model_metrics(model: torch.nn.Module, input_shape: tuple[int, int, int]) -> 
 def store_outputs(work: Work, *, name: str, teacher: StageResult, data: StageResult, spec: OutputsSpec) -> StageOutput:
     """Keep a teacher's logits on every augmented view, so that distillation never runs the teacher again."""
     dataset = open_dataset(work.open(data))
+    given = work.open(teacher) / GIVEN
+    if given.exists():
+        with work.store.put("teacher_outputs") as draft:
+            write_given_outputs(given, dataset, spec, draft.folder)
+        return StageOutput(artifact=draft.done(), metrics={"views": float(spec.views)})
     model, _ = load_checkpoint(work.open(teacher))
     with work.store.put("teacher_outputs") as draft:
         write_teacher_outputs(

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -47,6 +47,8 @@ class Dataset:
     hashes: dict[str, str]
     """SHA-256 over images, labels and ids, by split name."""
     warnings: tuple[str, ...] = ()
+    pool: Split | None = None
+    """Images without labels (all -1), from which students can learn what teachers say about them."""
 
     @property
     def num_classes(self) -> int:
@@ -58,6 +60,25 @@ class Dataset:
         """(channels, height, width)."""
         channels, height, width = self.train.images.shape[1:]
         return int(channels), int(height), int(width)
+
+
+def with_pool(dataset: Dataset) -> Dataset:
+    """The dataset with its unlabelled images, if it has any, as part of the train split."""
+    train, pool = dataset.train, dataset.pool
+    if pool is None:
+        return dataset
+    both = Split(
+        images=torch.cat([train.images, pool.images]),
+        labels=torch.cat([train.labels, pool.labels]),
+        ids=torch.cat([train.ids, pool.ids]),
+    )
+    return replace(dataset, train=both, pool=None)
+
+
+def without_labels(dataset: Dataset) -> Dataset:
+    """The dataset as it would be if nobody had labelled the train split: its labels are -1."""
+    train = replace(dataset.train, labels=torch.full_like(dataset.train.labels, -1))
+    return replace(dataset, train=train)
 
 
 class DataSource(Protocol):
@@ -86,8 +107,10 @@ def check_source(config: DataSource) -> None:
     config.check()
 
 
-def load_dataset(config: DataSource, *, seed: int) -> Dataset:
+def load_dataset(config: DataSource, *, seed: int, unlabelled: DataSource | None = None) -> Dataset:
     """Read, validate and split a source; same source, config and seed give the same dataset.
+
+    All images of ``unlabelled`` become the pool; its labels are not looked at, its ids follow those of the source.
 
     Raises:
         DataError: absent or corrupt files, labels out of range, empty classes, too few samples, leakage when
@@ -98,13 +121,41 @@ def load_dataset(config: DataSource, *, seed: int) -> Dataset:
     rows = _split_rows(source, config, seed)
     parts = {name: _take(pool, chosen) for name, (pool, chosen) in rows.items()}
     warnings = (*source.warnings, *_leaks(parts, config, source))
+    hashes = {name: _digest(part) for name, part in parts.items()}
+    pool = None
+    if unlabelled is not None:
+        pool = _pool(unlabelled, seed, like=parts["train"], first_id=1 + max(int(p.ids.max()) for p in parts.values()))
+        hashes["pool"] = _digest(pool)
     return Dataset(
         name=source.name,
         class_names=source.class_names,
         preprocessing=_preprocessing(parts["train"], source.scale),
-        hashes={name: _digest(part) for name, part in parts.items()},
+        hashes=hashes,
         warnings=warnings,
+        pool=pool,
         **parts,
+    )
+
+
+def _pool(config: DataSource, seed: int, *, like: Split, first_id: int) -> Split:
+    source = config.build()(seed)
+    images = [torch.from_numpy(each.images) for each in (source.train, source.test) if each is not None]
+    wanted, wanted_type = like.images.shape[1:], like.images.dtype
+    for each in images:
+        if each.shape[1:] != wanted or each.dtype != wanted_type:
+            raise DataError(
+                f"Unlabelled images of '{source.train.origin}' have shape {list(each.shape[1:])} and type "
+                f"{each.dtype}, expected {list(wanted)} and {wanted_type} as the labelled ones. Convert them, or "
+                "correct unlabelled."
+            )
+    every = torch.cat(images)
+    if config.limit is not None:
+        order = torch.randperm(len(every), generator=torch.Generator().manual_seed(seed))
+        every = every[order[: config.limit].sort().values]
+    return Split(
+        images=every,
+        labels=torch.full((len(every),), -1, dtype=torch.int64),
+        ids=torch.arange(first_id, first_id + len(every)),
     )
 
 
@@ -200,8 +251,10 @@ def _digest(split: Split) -> str:
 def save_dataset(dataset: Dataset, folder: Path) -> None:
     """Write ``dataset.json`` and three .npy files per split; equal datasets give equal bytes."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name in SPLITS:
-        split: Split = getattr(dataset, name)
+    for name in (*SPLITS, "pool"):
+        split: Split | None = getattr(dataset, name)
+        if split is None:
+            continue
         for part in ("images", "labels", "ids"):
             np.save(folder / f"{name}.{part}.npy", getattr(split, part).numpy())
     facts = {
@@ -223,7 +276,8 @@ def open_dataset(folder: Path) -> Dataset:
     """
     try:
         facts = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
-        parts = {name: _open_split(folder, name) for name in SPLITS}
+        has_pool = (folder / "pool.ids.npy").exists()
+        parts = {name: _open_split(folder, name) for name in (*SPLITS, *(["pool"] if has_pool else []))}
     except (OSError, ValueError) as error:
         raise DataError(
             f"Folder '{folder}' has no readable dataset ({error}), expected one that was saved here."

@@ -1,25 +1,69 @@
 """Distillation: losses x combinations of teachers, on outputs stored once or on live teachers."""
 
 from compression.distill.config import DistillConfig
-from compression.distill.losses import AnyLoss, BdKd, CrossEntropy, Dhkd, Dist, Dkd, Kd, Nd, Ofa, Pld, Sinkd, TopKld
-from compression.distill.monitor import Monitor
-from compression.distill.run import (
-    DistillationStep,
-    check_panel,
-    distill,
-    distillation_step,
-    live_distillation_step,
-    plain_step,
+from compression.distill.losses import (
+    Aggregated,
+    AnyLoss,
+    BdKd,
+    ClassRelation,
+    CrossEntropy,
+    Dhkd,
+    Dist,
+    Dkd,
+    Kd,
+    MixStd,
+    MultiAspect,
+    Nd,
+    NormalisedFeatures,
+    Ofa,
+    Pld,
+    ProcKd,
+    SigmoidKd,
+    Sinkd,
+    Talking,
+    Tgeo,
+    TopKld,
+    Trg,
 )
-from compression.distill.samplers import AnySampler, Full, RandomSubset, Rs2
-from compression.distill.teachers import AnyCombination, Confidence, Partition, Uniform, ValidationWeighted
+from compression.distill.merging import AnyMerge, Merge
+from compression.distill.monitor import Monitor
+from compression.distill.online import AnyOnline, Hard, Mixup, Off
+from compression.distill.procedures import (
+    Active,
+    AnyProcedure,
+    G2sd,
+    ModuleToModule,
+    OnlineTeacher,
+    Peers,
+    Progressive,
+    Single,
+)
+from compression.distill.run import check_panel, distill
+from compression.distill.samplers import AnySampler, ClassSubset, Full, Kd3, RandomSubset, Rs2
+from compression.distill.step import DistillationStep, distillation_step, live_distillation_step, plain_step
+from compression.distill.teachers import (
+    AnyCombination,
+    Confidence,
+    Partition,
+    Router,
+    Specialists,
+    Uniform,
+    ValidationWeighted,
+)
 from compression.distill.types import CombineFn, Helper, LossFn, Needs, Progress, Shapes, TeacherLogits
 
 __all__ = [
+    "Active",
+    "Aggregated",
     "AnyCombination",
     "AnyLoss",
+    "AnyMerge",
+    "AnyOnline",
+    "AnyProcedure",
     "AnySampler",
     "BdKd",
+    "ClassRelation",
+    "ClassSubset",
     "CombineFn",
     "Confidence",
     "CrossEntropy",
@@ -29,22 +73,43 @@ __all__ = [
     "DistillationStep",
     "Dkd",
     "Full",
+    "G2sd",
+    "Hard",
     "Helper",
     "Kd",
+    "Kd3",
     "LossFn",
+    "Merge",
+    "MixStd",
+    "Mixup",
+    "ModuleToModule",
     "Monitor",
+    "MultiAspect",
     "Nd",
     "Needs",
+    "NormalisedFeatures",
     "Ofa",
+    "Off",
+    "OnlineTeacher",
     "Partition",
+    "Peers",
     "Pld",
+    "ProcKd",
     "Progress",
+    "Progressive",
     "RandomSubset",
+    "Router",
     "Rs2",
     "Shapes",
+    "SigmoidKd",
+    "Single",
     "Sinkd",
+    "Specialists",
+    "Talking",
     "TeacherLogits",
+    "Tgeo",
     "TopKld",
+    "Trg",
     "Uniform",
     "ValidationWeighted",
     "check_panel",

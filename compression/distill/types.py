@@ -9,13 +9,14 @@ from torch import Tensor, nn
 
 from compression.data.dataset import Dataset
 from compression.teacher_outputs import OutputsSpec
-from compression.types import Frozen, Outputs, TeacherOutputs
+from compression.types import Batch, Frozen, Outputs, TeacherOutputs
 
 LossFn = Callable[[Outputs, TeacherOutputs, Tensor], Tensor]
 """(student outputs, teacher outputs, labels int64 [B]) -> batch mean, a float32 scalar, in nats where it is one."""
 
-CombineFn = Callable[[Tensor, Tensor], Tensor]
-"""(teacher logits [K,B,C], labels int64 [B]) -> weights [K,B]: not negative, summing to 1 over K."""
+CombineFn = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(teacher logits [K,B,C], labels int64 [B], student logits [B,C] without gradient) -> weights [K,B]: not negative,
+summing to 1 over K, without gradient."""
 
 
 class Needs(Frozen):
@@ -25,6 +26,14 @@ class Needs(Frozen):
     """Penultimate features of the student, in ``Outputs.features["penultimate"]`` [B,D]."""
     teacher_features: bool = False
     """Penultimate features of every teacher, in ``TeacherOutputs.features``."""
+    student_maps: bool = False
+    """Outputs of the student's stages, in ``Outputs.maps``."""
+    teacher_maps: bool = False
+    """Outputs of the teachers' stages, in ``TeacherOutputs.maps``; they are not stored, so the teachers run live."""
+    labels: bool = False
+    """Labels; samples without one are taken out of the batch first."""
+    soft_labels: bool = False
+    """Takes distributions [B,C] for labels as well, as mixed images have them."""
     another_term: str = ""
     """Why the loss cannot teach alone, so that the recipe must list another one beside it; empty when it can."""
 
@@ -38,6 +47,12 @@ class Shapes:
     """Penultimate features of the student."""
     teacher_widths: tuple[int, ...] = ()
     """Penultimate features of each teacher; empty unless a loss needs them."""
+    student_maps: tuple[tuple[int, ...], ...] = ()
+    """Outputs of the student's stages, without the batch; empty unless a loss needs them."""
+    teacher_maps: tuple[tuple[tuple[int, ...], ...], ...] = ()
+    """The same of each teacher."""
+    num_teachers: int = 0
+    """Stored and live ones."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +96,18 @@ class Helper(nn.Module):
 
     def observe(self, panel: Sequence[TeacherLogits], dataset: Dataset) -> None:
         """Look at what the panel says about the data; called once, after ``prepare``, with stored outputs alone."""
+
+    def before_step(self, model: nn.Module, batch: Batch) -> None:
+        """Learn something outside the step, say by an optimiser of its own; called before every step."""
+
+    def terms(self, student: Outputs, teachers: TeacherOutputs, labels: Tensor) -> dict[str, Tensor]:
+        """Loss terms with which a combination trains itself, by name; labels may be -1. No gradient to the student."""
+        del student, teachers, labels
+        return {}
+
+    def self_trained(self) -> list[nn.Parameter]:
+        """Parameters that the helper trains itself; the trainer leaves them alone."""
+        return []
 
 
 def helpers_of(parts: Sequence[object]) -> list[Helper]:

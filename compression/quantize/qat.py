@@ -14,8 +14,8 @@ from torch import nn
 from compression.augment import AnyAugment, normalise
 from compression.card import MethodCard
 from compression.checkpoint import load_checkpoint
-from compression.data import Dataset
-from compression.distill import DistillationStep, DistillConfig, Kd, check_panel
+from compression.data import Dataset, without_labels
+from compression.distill import DistillationStep, DistillConfig, Kd, Ofa, check_panel
 from compression.errors import CheckpointError
 from compression.metrics import Metrics, evaluate
 from compression.quantize.prepared import (
@@ -72,6 +72,7 @@ def qat(
     seed: int,
     augment: AnyAugment,
     helpers: nn.Module | None = None,
+    self_trained: Sequence[nn.Parameter] = (),
     views: int | None = None,
     augment_seed: int | None = None,
     checkpoint_dir: Path | None = None,
@@ -90,6 +91,7 @@ def qat(
         seed: Of permutations, views and dropout.
         augment: Training-time augmentation.
         helpers: As for ``fit``.
+        self_trained: As for ``fit``.
         views: As for ``fit``.
         augment_seed: As for ``fit``.
         checkpoint_dir: As for ``fit``.
@@ -123,6 +125,7 @@ def qat(
         seed=seed,
         augment=augment,
         helpers=helpers,
+        self_trained=self_trained,
         views=views,
         augment_seed=augment_seed,
         checkpoint_dir=checkpoint_dir,
@@ -171,13 +174,15 @@ def quantize(
 ) -> QuantizedStudent:
     """Quantize a student with the losses it was distilled with; the panel and its own float form teach it.
 
-    Losses that look at the student's features are left out, since the captured graph has none to show; if nothing is
-    left, kd at temperature 1 takes their place.
+    Losses that look at the student's features or maps are left out, since the captured graph has none to show; if
+    nothing is left, kd at temperature 1 takes their place. Samples are all shown, in keyed views, with their labels
+    unless ``distillation.labels`` is none.
 
     Raises:
         CompressionError: see ``qat``.
     """
-    losses = [loss for loss in distillation.losses if not loss.needs.student_features]
+    losses = [loss.logits_only() if isinstance(loss, Ofa) else loss for loss in distillation.losses]
+    losses = [loss for loss in losses if not (loss.needs.student_features or loss.needs.student_maps)]
     if not any(loss.weight > 0 and not loss.needs.another_term for loss in losses):
         losses = [Kd(weight=1.0, temperature=1.0)]
     check_panel(panel, dataset, distillation, augment)
@@ -186,6 +191,8 @@ def quantize(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         step.prepare(student, dataset)
+    if distillation.labels == "none":
+        dataset = without_labels(dataset)
     prepared, history = qat(
         student,
         dataset,
@@ -194,6 +201,7 @@ def quantize(
         seed=seed,
         augment=augment,
         helpers=step.helpers,
+        self_trained=step.self_trained,
         views=distillation.views,
         augment_seed=panel[0].spec.seed if panel else seed,
         checkpoint_dir=checkpoint_dir,

@@ -43,6 +43,12 @@ Row = dict[str, Any]
 OnValidation = Callable[[Tensor, Sequence[Row]], dict[str, float]]
 """(validation logits float32 [N,C], rows so far, the epoch at hand last) -> entries that its row gets besides."""
 
+OnEpochStart = Callable[[int, nn.Module], None]
+"""(epoch from 0, model) before the first batch of an epoch is chosen; what it decides must be part of ``helpers``."""
+
+Backward = Callable[[dict[str, Tensor], Callable[..., None]], None]
+"""(loss terms, ``backward(loss, **options)``) -> None; leaves gradients in the parameters, which have none before."""
+
 ShouldStop = Callable[[Sequence[Row]], bool]
 """(rows so far, never none) -> whether the training ends here; asked after each epoch and when one goes on."""
 
@@ -72,7 +78,10 @@ def fit(
     on_step: Callable[[int, int], None] | None = None,
     set_training: SetTraining = nn.Module.train,
     helpers: nn.Module | None = None,
+    self_trained: Sequence[nn.Parameter] = (),
     sampler: Sampler | None = None,
+    on_epoch_start: OnEpochStart | None = None,
+    backward: Backward | None = None,
     on_validation: OnValidation | None = None,
     should_stop: ShouldStop | None = None,
 ) -> History:
@@ -97,7 +106,10 @@ def fit(
         on_step: gets (steps done, steps in all) after each step, and before that step's state is saved.
         set_training: ``(model, mode)`` switches between training and inference.
         helpers: trained beside the model and part of the training state, say the projector of a loss.
+        self_trained: parameters of helpers that have an optimiser of their own; this one leaves them alone.
         sampler: which samples each epoch shows; all of them when None.
+        on_epoch_start: may look at the model before an epoch's samples are chosen.
+        backward: takes the place of the backward pass through the sum of the terms.
         on_validation: measures more on the validation logits of each epoch.
         should_stop: ends the training early, at whatever point its schedule is; must depend on the rows alone, so
             that a training that goes on from a checkpoint ends where an unbroken one does.
@@ -125,10 +137,22 @@ def fit(
     cuda = [fabric.device] if fabric.device.type == "cuda" else []
     with torch.random.fork_rng(devices=cuda):
         torch.manual_seed(seed + fabric.global_rank)
-        training = _Training(model, step, dataset, config, batches, fabric, helpers or nn.Module(), set_training)
+        training = _Training(
+            model,
+            step,
+            dataset,
+            config,
+            batches,
+            fabric,
+            helpers=helpers or nn.Module(),
+            self_trained=self_trained,
+            backward=backward or _backward_of_sum,
+            set_training=set_training,
+        )
         try:
             history = training.run(
                 checkpoint_dir,
+                on_epoch_start=on_epoch_start,
                 on_epoch=on_epoch,
                 on_step=on_step,
                 on_validation=on_validation,
@@ -152,7 +176,10 @@ class _Training:
         config: TrainConfig,
         batches: Batches,
         fabric: Any,
+        *,
         helpers: nn.Module,
+        self_trained: Sequence[nn.Parameter],
+        backward: Backward,
         set_training: SetTraining,
     ) -> None:
         self.model = fabric.to_device(model.to(memory_format=torch.channels_last))  # type: ignore[call-overload]
@@ -164,8 +191,11 @@ class _Training:
             fabric,
         )
         self.helpers, self.set_training = helpers.to(fabric.device), set_training
+        self.backward = backward
         self.total_steps = config.epochs * batches.steps_per_epoch
-        parameters = [p for p in (*model.parameters(), *helpers.parameters()) if p.requires_grad]
+        left_alone = {id(parameter) for parameter in self_trained}
+        every = (*model.parameters(), *helpers.parameters())
+        parameters = [p for p in every if p.requires_grad and id(p) not in left_alone]
         if not parameters:
             raise CompressionError(
                 f"Model '{type(model).__name__}' has 0 trainable parameters, expected at least 1. "
@@ -190,6 +220,7 @@ class _Training:
         self,
         checkpoint_dir: Path | None,
         *,
+        on_epoch_start: OnEpochStart | None,
         on_epoch: Callable[[Row], None] | None,
         on_step: Callable[[int, int], None] | None,
         on_validation: OnValidation | None,
@@ -201,6 +232,8 @@ class _Training:
             self.restore(checkpoint_dir)
         while self.epoch < self.config.epochs and not self.stopped(should_stop):
             started = time.perf_counter() - self.elapsed
+            if on_epoch_start is not None and self.step_in_epoch == 0:
+                on_epoch_start(self.epoch, self.model)
             self.set_training(self.model, True)
             for batch in self.batches.epoch(self.epoch, self.step_in_epoch):
                 self.learn(batch)
@@ -228,11 +261,8 @@ class _Training:
         values = torch.stack([term.detach().float() for term in scalars]).tolist()
         if not all(map(math.isfinite, values)):
             raise divergence(self.model, batch, dict(zip(terms, values, strict=True)), set_training=self.set_training)
-        loss = scalars[0]
-        for term in scalars[1:]:
-            loss = loss + term
         self.optimizer.zero_grad(set_to_none=True)
-        self.fabric.backward(loss)
+        self.backward(terms, self.fabric.backward)
         self.stepper.step()
         self.scheduler.step()
         for name, value in zip(terms, values, strict=True):
@@ -301,7 +331,9 @@ class _Training:
             ],
             "data": self.dataset.hashes,
             "parameters": shapes,
-            "helpers": {name: list(value.shape) for name, value in self.helpers.state_dict().items()},
+            "helpers": {
+                name: list(value.shape) for name, value in self.helpers.state_dict().items() if torch.is_tensor(value)
+            },
             "world_size": self.batches.world_size,
             "sampler": None if self.batches.sampler is None else self.batches.sampler.name,
         }
@@ -354,6 +386,11 @@ class _Training:
     @property
     def _on_cuda(self) -> bool:
         return self.fabric.device.type == "cuda"
+
+
+def _backward_of_sum(terms: dict[str, Tensor], backward: Callable[..., None]) -> None:
+    first, *others = terms.values()
+    backward(sum(others, first))
 
 
 def one_cycle(

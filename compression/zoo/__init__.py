@@ -1,6 +1,7 @@
 """Networks by name: our own small families, and everything timm and torchvision can build."""
 
 from compression.zoo.depthwise_cnn import DepthwiseCnn
+from compression.zoo.group import Group
 from compression.zoo.mixer import Mixer
 from compression.zoo.plain_cnn import PlainCnn
 from compression.zoo.residual_cnn import ResidualCnn
@@ -8,11 +9,12 @@ from compression.zoo.timm_model import TimmModel
 from compression.zoo.torchvision_model import TorchvisionModel
 from compression.zoo.vision_transformer import VisionTransformer
 
-AnyModel = ResidualCnn | PlainCnn | DepthwiseCnn | VisionTransformer | Mixer | TimmModel | TorchvisionModel
+AnyModel = ResidualCnn | PlainCnn | DepthwiseCnn | VisionTransformer | Mixer | Group | TimmModel | TorchvisionModel
 
 __all__ = [
     "AnyModel",
     "DepthwiseCnn",
+    "Group",
     "Mixer",
     "PlainCnn",
     "ResidualCnn",

@@ -9,7 +9,19 @@ from compression.distill import AnyCombination, AnyLoss, AnySampler, DistillConf
 from compression.quantize import AnyQuantizer, Qat
 from compression.select import AnySelector
 
-KINDS = ["selectors", "searchers", "spaces", "criteria", "combinations", "losses", "samplers", "quantizers"]
+KINDS = [
+    "selectors",
+    "searchers",
+    "spaces",
+    "criteria",
+    "combinations",
+    "losses",
+    "samplers",
+    "procedures",
+    "mergers",
+    "augmenters",
+    "quantizers",
+]
 
 
 def test_holds_every_union_in_its_order():

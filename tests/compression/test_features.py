@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from compression.errors import ShapeError
-from compression.features import captured, frozen, penultimate
+from compression.features import captured, frozen, image_of, looked_at, penultimate, stage_names, tokens_of
 from compression.zoo import (
     DepthwiseCnn,
     Mixer,
@@ -106,3 +106,46 @@ def test_penultimate_gives_the_classifier_its_input(config, width):
 def test_penultimate_of_a_net_without_a_classifier_is_refused():
     with pytest.raises(ShapeError, match="no linear layer"):
         penultimate(nn.Flatten(), torch.randn(2, 1, 2, 2))
+
+
+@pytest.mark.parametrize(
+    ("config", "stages"),
+    [
+        (SMALL_NET, ["blocks.0", "blocks.1"]),
+        (ResidualCnn(widths=(8, 8, 8), strides=(2, 2, 1)), ["stem.2", "blocks.0", "blocks.2"]),
+        (VisionTransformer(width=16, depth=2, num_heads=2, patch_size=2), ["tokens", "blocks.0", "blocks.1", "norm"]),
+        (VisionTransformer(width=16, depth=6, num_heads=2), ["blocks.0", "blocks.2", "blocks.4", "norm"]),
+    ],
+)
+def test_stages_are_the_last_outputs_before_each_change_of_resolution(config, stages):
+    model = config.build(3, (1, 8, 8)).train()
+    images = torch.randn(2, 1, 8, 8)
+    assert list(stage_names(model, images)) == stages
+    assert model.training
+    outputs = looked_at(model.eval(), images, features=True, stages=stages)
+    assert [len(each) for each in outputs.maps] == [2] * len(stages)
+    torch.testing.assert_close(outputs.logits, model(images))
+    torch.testing.assert_close(outputs.features["penultimate"], penultimate(model, images)[1])
+    assert hooks(model) == 0
+
+
+def test_stages_of_networks_from_elsewhere_leave_out_global_means_and_follow_the_last_tokens():
+    images = torch.randn(1, 3, 32, 32)
+    resnet = TorchvisionModel(name="resnet18").build(3, (3, 32, 32))
+    assert list(stage_names(resnet, images))[-3:] == ["layer1.1", "layer2.1", "layer3.1"]
+    vit = TimmModel(name="vit_tiny_patch16_224").build(3, (3, 32, 32))
+    assert list(stage_names(vit, images))[-1] == "norm"
+    assert len(stage_names(vit, images)) == 4
+
+
+def test_a_network_without_maps_is_told_so():
+    with pytest.raises(ShapeError, match="no child module whose output is an image"):
+        stage_names(nn.Sequential(nn.Flatten(), nn.Linear(4, 2)), torch.randn(1, 1, 2, 2))
+
+
+def test_tokens_and_images_are_two_readings_of_one_map():
+    image = torch.randn(2, 5, 3, 3)
+    assert torch.equal(image_of(tokens_of(image)), image)
+    assert torch.equal(tokens_of(image)[:, 4], image[:, :, 1, 1])
+    with pytest.raises(ShapeError, match="7 tokens, expected a square number"):
+        image_of(torch.randn(2, 7, 5))

@@ -28,9 +28,10 @@ TINY: list[AnyModel] = [
     VisionTransformer(width=16, depth=2, num_heads=2, stem_width=8),
     VisionTransformer(width=16, depth=1, num_heads=4, stem="patch"),
     Mixer(width=16, depth=2, token_hidden=8, stem_width=8),
+    Group(members=(PlainCnn(widths=(8,), depths=(1,), strides=(2,), stem_width=8),) * 2),
 ]
 CONVOLUTIONAL = [config for config in TINY if isinstance(config, ResidualCnn | PlainCnn | DepthwiseCnn)]
-DEFAULTS: list[AnyModel] = [ResidualCnn(), PlainCnn(), DepthwiseCnn(), VisionTransformer(), Mixer()]
+DEFAULTS: list[AnyModel] = [ResidualCnn(), PlainCnn(), DepthwiseCnn(), VisionTransformer(), Mixer(), Group()]
 
 
 @pytest.fixture(autouse=True)

@@ -2,9 +2,12 @@
 
 import importlib
 import pkgutil
-from dataclasses import dataclass
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import get_args
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -15,20 +18,30 @@ from compression.augment import NoAugment
 from compression.card import MethodCard
 from compression.data.dataset import Dataset, Split
 from compression.distill import (
+    Aggregated,
     AnyLoss,
     BdKd,
+    ClassRelation,
     CrossEntropy,
     Dhkd,
     Dist,
     Dkd,
     Helper,
     Kd,
+    MixStd,
+    MultiAspect,
     Nd,
+    NormalisedFeatures,
     Ofa,
     Pld,
+    ProcKd,
     Shapes,
+    SigmoidKd,
     Sinkd,
+    Talking,
+    Tgeo,
     TopKld,
+    Trg,
 )
 from compression.distill.types import LossFn
 from compression.errors import ShapeError
@@ -47,7 +60,12 @@ class Case:
     """The loss of a batch is the mean over its samples."""
     teacher_order: bool = True
     """Teachers may change places."""
+    still: tuple[str, ...] = ()
+    """Last names of parts that get no gradient in an only epoch."""
 
+
+ANSWERS = Path(tempfile.mkdtemp()) / "answers.npz"
+np.savez(ANSWERS, answers=np.random.default_rng(0).random((15, 3), dtype=np.float32), ids=np.arange(15))
 
 CASES = [
     Case(CrossEntropy()),
@@ -73,10 +91,36 @@ CASES = [
     Case(Dhkd(centred=False, temperature=1.0), shift_invariant=False),  # its head follows absolute logits
     # A teacher has its own projector and class means. In training the projector's batch norm also ties the batch.
     Case(Nd(), teacher_order=False),
+    # Measures by the batch; a teacher has its own linear layers.
+    Case(NormalisedFeatures(), batch_mean=False, teacher_order=False),
+    Case(NormalisedFeatures(running=True), batch_mean=False, teacher_order=False),
+    Case(Ofa(branches=1.0)),
+    Case(Ofa(temperature=2.0, epsilon=1.5, branches=0.5)),
+    # Ties patches of the whole batch; a teacher has its own projections.
+    Case(Trg(), batch_mean=False, teacher_order=False),
+    # A teacher has its own codebook, which stands still in the second phase.
+    Case(ProcKd(), teacher_order=False, still=("prototypes",)),
+    Case(MixStd()),
+    Case(Talking(), teacher_order=False),
+    Case(Aggregated(), batch_mean=False, teacher_order=False),
+    Case(Tgeo()),
+    Case(SigmoidKd(), shift_invariant=False),
+    Case(SigmoidKd(self_paced=True), shift_invariant=False, teacher_order=False),
+    Case(ClassRelation()),
+    Case(MultiAspect(answers=ANSWERS)),
 ]
 
 BATCH, CLASSES, TEACHERS = 6, 5, 2
-SHAPES = Shapes(num_classes=CLASSES, student_width=4, teacher_widths=(7, 3))
+STUDENT_MAPS = ((3, 4, 4), (4, 2, 2))
+TEACHER_MAPS = (((5, 4, 4), (7, 2, 2)), ((4, 6), (4, 3)))  # images of the first teacher, tokens of the second
+SHAPES = Shapes(
+    num_classes=CLASSES,
+    student_width=4,
+    teacher_widths=(7, 3),
+    student_maps=STUDENT_MAPS,
+    teacher_maps=TEACHER_MAPS,
+    num_teachers=TEACHERS,
+)
 
 
 class Stored:
@@ -144,7 +188,14 @@ def randn(*shape: int, seed: int = 0) -> torch.Tensor:
 def student_of(logits: torch.Tensor, features: torch.Tensor | None = None) -> Outputs:
     """Student outputs with the logits, and features that do not depend on them."""
     given = randn(len(logits), SHAPES.student_width, seed=21) if features is None else features
-    return Outputs(logits, {"penultimate": given.to(logits.dtype)})
+    return Outputs(logits, {"penultimate": given.to(logits.dtype)}, maps_of(SHAPES.student_maps, logits, seed=61))
+
+
+def maps_of(shapes: tuple[tuple[int, ...], ...], like: torch.Tensor, seed: int) -> tuple[torch.Tensor, ...]:
+    """Positive feature maps for the batch of ``like``, as after a rectifier."""
+    return tuple(
+        randn(like.shape[-2], *shape, seed=seed + number).abs().to(like.dtype) for number, shape in enumerate(shapes)
+    )
 
 
 def panel(logits: torch.Tensor) -> TeacherOutputs:
@@ -153,13 +204,11 @@ def panel(logits: torch.Tensor) -> TeacherOutputs:
         randn(logits.shape[1], width, seed=31 + number).to(logits.dtype)
         for number, width in enumerate(SHAPES.teacher_widths[: len(logits)])
     )
-    return TeacherOutputs(logits, weights, features)
-
-
-def rows(teachers: TeacherOutputs, order: torch.Tensor) -> TeacherOutputs:
-    """The outputs for some samples of the batch."""
-    features = tuple(each[order] for each in teachers.features)
-    return TeacherOutputs(teachers.logits[:, order], teachers.weights[:, order], features)
+    maps = tuple(
+        maps_of(shapes, logits, seed=71 + 10 * number)
+        for number, shapes in enumerate(SHAPES.teacher_maps[: len(logits)])
+    )
+    return TeacherOutputs(logits, weights, features, maps, torch.arange(logits.shape[1]))
 
 
 def inputs(seed: int = 0) -> tuple[torch.Tensor, TeacherOutputs, torch.Tensor]:
@@ -204,11 +253,19 @@ def test_gives_a_finite_non_negative_float32_scalar(loss):
 def test_gradient_goes_to_the_student_alone(loss):
     student, teachers, labels = inputs()
     features = randn(BATCH, SHAPES.student_width, seed=21)
-    for tensor in (student, features, teachers.logits, teachers.weights, *teachers.features):
+    ours = student_of(student, features)
+    taught = (student, features, *ours.maps)
+    teaching = (
+        teachers.logits,
+        teachers.weights,
+        *teachers.features,
+        *(each for maps in teachers.maps for each in maps),
+    )
+    for tensor in (*taught, *teaching):
         tensor.requires_grad_()
-    loss(student_of(student, features), teachers, labels).backward()
-    assert sum(float(each.grad.abs().sum()) for each in (student, features) if each.grad is not None) > 0
-    for tensor in (teachers.logits, teachers.weights, *teachers.features):
+    loss(ours, teachers, labels).backward()
+    assert sum(float(each.grad.abs().sum()) for each in taught if each.grad is not None) > 0
+    for tensor in teaching:
         assert tensor.grad is None
 
 
@@ -217,10 +274,12 @@ def test_parts_of_a_helper_learn_and_make_the_round_trip(case):
     if not isinstance(loss, Helper):
         return
     student, teachers, labels = inputs()
-    value = loss(student_of(student), teachers, labels)
+    value = loss(student_of(student.requires_grad_()), teachers, labels)
     value.backward()
+    itself = {id(parameter) for parameter in loss.self_trained()}
     for name, parameter in loss.named_parameters():
-        assert parameter.grad is not None, name
+        still = id(parameter) in itself or name.rsplit(".", 1)[-1] in case.still
+        assert (parameter.grad is None) == still, name
     again = case.config.build()
     again.prepare(SHAPES)
     again.load_state_dict(loss.state_dict())
@@ -231,13 +290,16 @@ def test_order_of_the_batch_changes_nothing(loss):
     student, teachers, labels = inputs()
     order = torch.randperm(BATCH, generator=torch.Generator().manual_seed(3))
     whole = student_of(student)
-    mixed = student_of(student[order], whole.features["penultimate"][order])
-    torch.testing.assert_close(loss(mixed, rows(teachers, order), labels[order]), loss(whole, teachers, labels))
+    torch.testing.assert_close(
+        loss(whole.rows(order), teachers.rows(order), labels[order]), loss(whole, teachers, labels)
+    )
 
 
 def test_order_of_the_teachers_changes_nothing(case, loss):
     student, teachers, labels = inputs()
-    swapped = TeacherOutputs(teachers.logits.flip(0), teachers.weights.flip(0), teachers.features[::-1])
+    swapped = TeacherOutputs(
+        teachers.logits.flip(0), teachers.weights.flip(0), teachers.features[::-1], teachers.maps[::-1], teachers.ids
+    )
     if case.teacher_order:
         torch.testing.assert_close(
             loss(student_of(student), swapped, labels), loss(student_of(student), teachers, labels)
@@ -247,14 +309,7 @@ def test_order_of_the_teachers_changes_nothing(case, loss):
 def test_is_a_mean_over_the_batch(case, loss):
     student, teachers, labels = inputs()
     whole = student_of(student)
-    singles = [
-        loss(
-            student_of(student[i : i + 1], whole.features["penultimate"][i : i + 1]),
-            rows(teachers, torch.tensor([i])),
-            labels[i : i + 1],
-        )
-        for i in range(BATCH)
-    ]
+    singles = [loss(whole.rows(row), teachers.rows(row), labels[row]) for row in torch.arange(BATCH).split(1)]
     if case.batch_mean:
         torch.testing.assert_close(torch.stack(singles).mean(), loss(whole, teachers, labels))
 
@@ -264,7 +319,7 @@ def test_finite_value_and_gradient_at_extreme_logits(loss, scale):
     student, teachers, labels = inputs()
     student = (student * scale).requires_grad_()
     features = randn(BATCH, SHAPES.student_width, seed=21).requires_grad_()
-    extreme = TeacherOutputs(teachers.logits * scale, teachers.weights, teachers.features)
+    extreme = replace(teachers, logits=teachers.logits * scale)
     value = loss(student_of(student, features), extreme, labels)
     value.backward()
     assert torch.isfinite(value)
@@ -277,9 +332,11 @@ def test_half_precision_logits_are_widened(loss, dtype):
     student, teachers, labels = inputs()
     narrow = student.to(dtype)
     features = randn(BATCH, SHAPES.student_width, seed=21).to(dtype)
-    half = loss(student_of(narrow, features), teachers, labels)
+    given = student_of(narrow, features)
+    half = loss(given, teachers, labels)
     assert half.dtype == torch.float32
-    torch.testing.assert_close(half, loss(student_of(narrow.float(), features.float()), teachers, labels))
+    wide = Outputs(narrow.float(), {"penultimate": features.float()}, tuple(each.float() for each in given.maps))
+    torch.testing.assert_close(half, loss(wide, teachers, labels))
 
 
 def test_works_under_autocast(loss):
@@ -292,7 +349,7 @@ def test_works_under_autocast(loss):
 def test_invariant_to_a_shift_of_any_row(case, loss):
     student, teachers, labels = inputs()
     shifts = randn(TEACHERS, BATCH, 1, seed=8)
-    shifted = TeacherOutputs(teachers.logits + shifts, teachers.weights, teachers.features)
+    shifted = replace(teachers, logits=teachers.logits + shifts)
     if case.shift_invariant:
         torch.testing.assert_close(
             loss(student_of(student + randn(BATCH, 1, seed=9)), shifted, labels),

@@ -23,6 +23,7 @@ from compression.distill import (
     DistillConfig,
     Full,
     Kd,
+    Kd3,
     RandomSubset,
     Rs2,
     distill,
@@ -47,6 +48,7 @@ CASES = [
     Rs2(share=0.3, replacement=True),
     RandomSubset(share=0.3),
     RandomSubset(share=1.0),
+    Kd3(share=0.3),
 ]
 
 CPU = Hardware(accelerator="cpu")

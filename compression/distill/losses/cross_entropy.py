@@ -13,7 +13,8 @@ from compression.types import Frozen, Outputs, TeacherOutputs
 
 
 def cross_entropy(student: Outputs, teachers: TeacherOutputs, labels: Tensor, *, label_smoothing: float) -> Tensor:
-    """Return the mean negative log-likelihood of the labels int64 [B] under student logits [B,C], in nats.
+    """Return the mean negative log-likelihood of the labels int64 [B], or distributions [B,C], under student logits
+    [B,C], in nats.
 
     The teachers are not looked at.
     """
@@ -30,7 +31,7 @@ class CrossEntropy(Frozen):
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Mass of the target that is spread over all classes."""
 
-    needs: ClassVar[Needs] = Needs()
+    needs: ClassVar[Needs] = Needs(labels=True, soft_labels=True)
     card: ClassVar[MethodCard] = MethodCard(
         name="Cross entropy",
         paper="Label smoothing: Szegedy et al. 2015, arXiv:1512.00567",

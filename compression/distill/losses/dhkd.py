@@ -37,8 +37,9 @@ class DualHead(Helper):
     teachers the target is the weighted mean of their logits. No gradient reaches the teachers.
 
     Ours: ``centred`` takes the mean of each teacher's row off, since a head must reproduce absolute logits and an
-    offset says nothing about the classes. Not part of it: the authors' gradient alignment, which takes from this
-    loss's gradient what runs against that of the cross entropy and needs a backward pass for each.
+    offset says nothing about the classes. The authors' gradient alignment is ``align_gradients`` of the config: the
+    step then makes a backward pass for this loss alone and takes from its gradient what runs against that of all
+    other terms.
     """
 
     def __init__(self, *, temperature: float, stop_share: float, centred: bool) -> None:
@@ -93,6 +94,8 @@ class Dhkd(Frozen):
     """Gap of logits from which on the pull no longer grows."""
     stop_share: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Share of the epochs after which the term is 0; 1 teaches to the end."""
+    align_gradients: bool = False
+    """Take from this term's gradient on the backbone what runs against the other terms'; a second backward pass."""
     centred: bool = True
     """Take the mean of each row off the teachers' logits first, so that their offset does not matter."""
 
@@ -103,11 +106,11 @@ class Dhkd(Frozen):
         name="Dual-head distillation (DHKD)",
         paper="Yang et al. 2024, Dual-Head Knowledge Distillation, arXiv:2411.08937",
         summary="A second linear head on the student's features learns the teachers' logits, so that matching them "
-        "shapes the backbone and leaves the classifier to the labels. The head is dropped at export; without the "
-        "paper's gradient alignment.",
+        "shapes the backbone and leaves the classifier to the labels. The head is dropped at export.",
         needs="Teacher logits on the same views, penultimate features of the student, and another term that trains "
         "its own classifier, say cross_entropy.",
-        cost="One more linear layer during training, nothing afterwards.",
+        cost="One more linear layer during training, with `align_gradients` a second backward pass; nothing "
+        "afterwards.",
         evidence="The paper reports gains over earlier losses on CIFAR-100 and ImageNet, small ones by its reviewers' "
         "account. On scikit-learn's digits the same loss reached 91 % on a second head and 85 % on a single one. "
         "Not measured on our data yet.",

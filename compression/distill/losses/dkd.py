@@ -78,7 +78,7 @@ class Dkd(Frozen):
     temperature: Annotated[float, Field(gt=0, le=100)] = 4.0
     """Softening of both sides; 1 compares the plain distributions."""
 
-    needs: ClassVar[Needs] = Needs()
+    needs: ClassVar[Needs] = Needs(labels=True)
     card: ClassVar[MethodCard] = MethodCard(
         name="Decoupled knowledge distillation",
         paper="Zhao et al. 2022, arXiv:2203.08679",

@@ -39,7 +39,8 @@ def norm_and_direction(student: Tensor, teacher: Tensor, means: Tensor) -> Tenso
 
 def class_means(teacher: TeacherLogits, dataset: Dataset, width: int) -> Tensor:
     """Return the mean feature [C,Dt] of each class of the train split in view 0; 0 for a class without samples."""
-    ids, labels = dataset.train.ids, dataset.train.labels
+    labelled = dataset.train.labels >= 0
+    ids, labels = dataset.train.ids[labelled], dataset.train.labels[labelled]
     sums = torch.zeros(dataset.num_classes, width, dtype=torch.float64)
     for start in range(0, len(ids), CHUNK):
         features = teacher.features(ids[start : start + CHUNK], 0)
@@ -142,7 +143,10 @@ class Nd(Frozen):
     """Share of features the projector drops; used where a teacher's features are wider or narrower."""
 
     needs: ClassVar[Needs] = Needs(
-        student_features=True, teacher_features=True, another_term="it shapes features and trains no classifier"
+        student_features=True,
+        teacher_features=True,
+        labels=True,
+        another_term="it shapes features and trains no classifier",
     )
     card: ClassVar[MethodCard] = MethodCard(
         name="Feature norm and direction (ND)",

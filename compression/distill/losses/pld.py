@@ -62,7 +62,7 @@ class Pld(Frozen):
     label_floor: Annotated[float, Field(ge=0)] = 0.0
     """Factor of a plain cross entropy that is added, for labels that the teachers are sure against; 0.1 is a start."""
 
-    needs: ClassVar[Needs] = Needs()
+    needs: ClassVar[Needs] = Needs(labels=True)
     card: ClassVar[MethodCard] = MethodCard(
         name="Plackett-Luce distillation",
         paper="Bassam, Zhu, Bian 2025, arXiv:2506.12542",

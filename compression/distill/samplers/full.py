@@ -30,6 +30,10 @@ class Full(Frozen):
 
     kind: Literal["full"] = "full"
 
+    needs_teachers: ClassVar[bool] = False
+    """Whether the teachers themselves are asked which samples to show."""
+    adaptive: ClassVar[bool] = False
+    """Whether the choice looks at the student or at what the teachers said."""
     card: ClassVar[MethodCard] = MethodCard(
         name="All data",
         paper="The ordinary epoch; none to cite.",

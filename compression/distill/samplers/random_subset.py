@@ -64,6 +64,7 @@ class SubsetSampler:
 
     def subset(self, labels: Tensor, seed: int) -> Tensor:
         """Row numbers int64 [S] in rising order: a pure function of labels and seed."""
+        labels = labels - labels.min()  # samples without a label, -1, are a class of their own
         n, size = len(labels), self.size(len(labels))
         counts = torch.bincount(labels)
         quotas = counts * size // n
@@ -84,6 +85,10 @@ class RandomSubset(Frozen):
     kd_weight_schedule: bool = True
     """Give the teachers more of the loss the less data is left: half of it on all, everything at a tenth."""
 
+    needs_teachers: ClassVar[bool] = False
+    """Whether the teachers themselves are asked which samples to show."""
+    adaptive: ClassVar[bool] = False
+    """Whether the choice looks at the student or at what the teachers said."""
     card: ClassVar[MethodCard] = MethodCard(
         name="Random subset",
         paper="The baseline of data pruning; no paper of its own, the schedule of weights is ours.",

@@ -82,6 +82,10 @@ class Rs2(Frozen):
     replacement: bool = False
     """Draw every epoch from the whole split; off, samples come again only when all have been shown."""
 
+    needs_teachers: ClassVar[bool] = False
+    """Whether the teachers themselves are asked which samples to show."""
+    adaptive: ClassVar[bool] = False
+    """Whether the choice looks at the student or at what the teachers said."""
     card: ClassVar[MethodCard] = MethodCard(
         name="Repeated random subsets (RS2)",
         paper="Okanovic et al. 2023, arXiv:2305.18424",

@@ -6,6 +6,7 @@ Legend: K teachers, B batch, C classes.
 from functools import partial
 from typing import ClassVar, Literal
 
+import torch
 from torch import Tensor
 
 from compression.card import MethodCard
@@ -13,7 +14,7 @@ from compression.distill.types import CombineFn
 from compression.types import Frozen
 
 
-def confidence(logits: Tensor, labels: Tensor, *, by_label: bool) -> Tensor:
+def confidence(logits: Tensor, labels: Tensor, student: Tensor | None = None, *, by_label: bool) -> Tensor:
     """Return weights [K,B]: all on the most confident teacher of a sample, shared equally among exact ties.
 
     After the data partition of Roth et al. 2023, "Fantastic Gains and Where to Find Them" (arXiv:2310.17653),
@@ -22,15 +23,16 @@ def confidence(logits: Tensor, labels: Tensor, *, by_label: bool) -> Tensor:
 
     Args:
         logits: [K,B,C].
-        labels: int64 [B]; used when ``by_label``.
+        labels: int64 [B]; used when ``by_label``, where they are not -1.
+        student: unused.
         by_label: confidence is the probability of the label; otherwise of the teacher's own first choice.
     """
+    del student
     log_probs = logits.detach().float().log_softmax(dim=-1)
+    score = log_probs.amax(dim=-1)
     if by_label:
-        index = labels.view(1, -1, 1).expand(len(log_probs), -1, 1)
-        score = log_probs.gather(-1, index).squeeze(-1)
-    else:
-        score = log_probs.amax(dim=-1)
+        index = labels.clamp(min=0).view(1, -1, 1).expand(len(log_probs), -1, 1)
+        score = torch.where(labels >= 0, log_probs.gather(-1, index).squeeze(-1), score)
     surest = (score == score.amax(dim=0, keepdim=True)).to(log_probs.dtype)
     return surest / surest.sum(dim=0, keepdim=True)
 
@@ -49,7 +51,7 @@ class Confidence(Frozen):
         paper="Roth et al. 2023, Fantastic Gains and Where to Find Them, arXiv:2310.17653",
         summary="Splits the samples among the teachers: each is taught by whoever is surest of it, so that a "
         "weak teacher speaks only where it knows better.",
-        needs="At least two teachers of comparable calibration; labels unless `labels: false`.",
+        needs="At least two teachers of comparable calibration; labels where there are any, unless `labels: false`.",
         cost="One softmax over stored logits per step.",
         evidence="The paper reports the best transfer of all its variants, and unlabelled about as good as "
         "labelled; not measured on our data.",

@@ -9,9 +9,9 @@ from compression.distill.types import CombineFn
 from compression.types import Frozen
 
 
-def uniform(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return 1/K for each of the K teachers, [K,B]; ``logits`` is [K,B,C], ``labels`` is not looked at."""
-    del labels
+def uniform(logits: Tensor, labels: Tensor, student: Tensor | None = None) -> Tensor:
+    """Return 1/K for each of the K teachers, [K,B], from the shape of ``logits`` [K,B,C] alone."""
+    del labels, student
     num_teachers, batch, _ = logits.shape
     return logits.new_full((num_teachers, batch), 1.0 / num_teachers)
 

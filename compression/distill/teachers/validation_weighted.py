@@ -51,7 +51,7 @@ class ValidationWeights(Helper):
         found = validation_weights(logits, dataset.validation.labels, sharpness=self.sharpness)
         self.weights = found.to(self.weights.device)
 
-    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
+    def forward(self, logits: Tensor, labels: Tensor, student: Tensor | None = None) -> Tensor:
         """Return the same weights for every sample, [K,B], float32.
 
         Live teachers, which follow the stored ones, were not measured: each gets the mean weight of the stored ones.
@@ -59,11 +59,12 @@ class ValidationWeights(Helper):
         Args:
             logits: [K,B,C]; only its shape and device are looked at.
             labels: unused.
+            student: unused.
 
         Raises:
             ShapeError: there are fewer teachers than were measured.
         """
-        del labels
+        del labels, student
         total, batch, _ = logits.shape
         stored = len(self.weights)
         if total < stored:
