@@ -11,13 +11,14 @@ from pydantic import BaseModel, Field, PositiveInt, ValidationError, model_valid
 
 from compression.augment import AnyAugment, NoAugment
 from compression.data import AnyData
-from compression.distill import DistillConfig
+from compression.distill import DistillConfig, Progressive
 from compression.errors import RecipeError
 from compression.quantize import AnyQuantizer
 from compression.search import AnySearch
 from compression.select import SelectConfig
 from compression.teachers import Teacher
 from compression.types import Frozen, Slug
+from compression.zoo import Group
 from export.gate import Policy
 from export.targets import AnyTarget
 
@@ -71,6 +72,12 @@ class Recipe(Frozen):
                 raise ValueError(
                     f"search.spaces.{number}.parent is '{parent}', expected one of {', '.join(with_model)}."
                 )
+        single = [n for n, s in enumerate(self.search.spaces) if not isinstance(getattr(s, "base", None), Group)]
+        if isinstance(self.distill.procedure, Progressive) and single:
+            raise ValueError(
+                f"search.spaces.{single[0]} is of single networks, but distill.procedure progressive trains groups. "
+                "Take spaces {kind: scale, base: {kind: group, members: [...]}}."
+            )
         wants = self.distill.needs_teachers or ("a loss" if self.distill.teacher_features else "")
         if wants and len(with_model) < len(names):
             raise ValueError(

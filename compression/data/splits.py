@@ -20,7 +20,8 @@ class HeldOutConfig(Frozen):
     validation: OpenShare = 0.1
     """Share for choosing: early looks, finalists, teacher selection."""
     calibration: OpenShare = 0.05
-    """Share for setting the ranges of the quantizer; used for nothing else."""
+    """Share for setting the ranges of the quantizer, and for methods that learn a few numbers of their own (``tgeo``,
+    ``task_vectors``)."""
 
     @property
     def shares(self) -> dict[str, float]:

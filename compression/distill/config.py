@@ -5,12 +5,12 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from compression.distill.losses import AnyLoss, CrossEntropy, Kd
+from compression.distill.losses import AnyLoss, CrossEntropy, Kd, MultiAspect
 from compression.distill.merging import Merge
 from compression.distill.monitor import Monitor
 from compression.distill.online import AnyOnline, Off
 from compression.distill.procedures import AnyProcedure, Single
-from compression.distill.samplers import AnySampler, Full, RandomSubset
+from compression.distill.samplers import AnySampler, ClassSubset, Full, RandomSubset
 from compression.distill.samplers.random_subset import reweighted
 from compression.distill.teachers import AnyCombination, Uniform
 from compression.train import TrainConfig
@@ -78,6 +78,24 @@ class DistillConfig(Frozen):
                 "keeps so few samples that its schedule takes all weight from cross_entropy. Add kd, raise "
                 "sampler.share, or set sampler.kd_weight_schedule to false."
             )
+        return self
+
+    @model_validator(mode="after")
+    def _files_and_budgets(self) -> "DistillConfig":
+        aspects = [loss for loss in self.losses if isinstance(loss, MultiAspect)]
+        if any(loss.answers is None for loss in aspects):
+            raise ValueError("losses have 'multi_aspect' without answers, expected a .npz file. Name it in answers.")
+        if aspects and self.online.kind == "mixup":
+            raise ValueError(
+                "losses have 'multi_aspect', whose answers are about whole images, but online is mixup. Remove one."
+            )
+        if isinstance(self.sampler, ClassSubset) and self.sampler.target is None:
+            raise ValueError(
+                "sampler 'dp4tl' has no target, expected a .npz file with images of the task it chooses classes for. "
+                "Name it in sampler.target."
+            )
+        if self.procedure.kind == "active" and self.labels == "none":
+            raise ValueError("procedure 'active' spends a budget of labels, but labels is none. Take procedure single.")
         return self
 
     @property

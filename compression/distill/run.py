@@ -95,9 +95,12 @@ def _merged(training: Training, merge: Merge, history: History) -> History:
     def go_on(model: nn.Module, seed: int, name: str) -> None:
         training.run(model, name=name, train=merge.train, seed=seed)
 
-    report = merge_branches(training.student, merge, training.dataset, seed=training.seed, train_branch=go_on)
+    report = merge_branches(
+        training.student, merge, training.dataset, seed=training.seed, train_branch=go_on, augment=training.augment
+    )
     row = {
         "merge_nll_before": report.student_nll,
+        "merge_nll_best_branch": min(report.member_nlls),
         "merge_nll_after": report.merged_nll,
         "merge_kept": float(report.kept == "merged"),
     }

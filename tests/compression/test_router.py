@@ -253,11 +253,10 @@ def net() -> nn.Module:
         return nn.Sequential(nn.Flatten(), nn.Linear(64, 12), nn.ReLU(), nn.Linear(12, CLASSES))
 
 
-def trained(folder: Path, *, epochs: int = 3, on_step=None, losses=None) -> tuple[nn.Module, dict[str, Tensor], list]:
+def trained(folder: Path, *, epochs: int = 3, on_step=None) -> tuple[nn.Module, dict[str, Tensor], list]:
     """A student of two teachers that are right about two classes each, the state of the gate, and the rows."""
     train = TrainConfig(epochs=epochs, batch_size=16, learning_rate=0.02, checkpoint_every_steps=2)
-    settings = {} if losses is None else {"losses": losses}
-    config = DistillConfig(train=train, teachers=Router(), views=1, **settings)
+    config = DistillConfig(train=train, teachers=Router(), views=1)
     student = net()
     history = distill(
         student,

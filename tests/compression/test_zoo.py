@@ -12,6 +12,7 @@ from compression.errors import CheckpointError, ShapeError
 from compression.zoo import (
     AnyModel,
     DepthwiseCnn,
+    Group,
     Mixer,
     PlainCnn,
     ResidualCnn,

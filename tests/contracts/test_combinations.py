@@ -2,6 +2,7 @@
 
 import importlib
 import pkgutil
+from collections.abc import Callable
 from typing import get_args
 
 import pytest
@@ -11,9 +12,18 @@ from hypothesis import strategies as st
 
 import compression.distill.teachers as package
 from compression.card import MethodCard
-from compression.distill import AnyCombination, Confidence, Kd, Uniform
-from compression.distill.teachers import Partition, ValidationWeighted
-from compression.distill.types import CombineFn
+from compression.distill import (
+    AnyCombination,
+    Confidence,
+    Helper,
+    Kd,
+    Partition,
+    Router,
+    Shapes,
+    Specialists,
+    Uniform,
+    ValidationWeighted,
+)
 from compression.types import Frozen, Outputs, TeacherOutputs
 
 CASES = [
@@ -23,12 +33,32 @@ CASES = [
     ValidationWeighted(),
     Partition(),
     Partition(labels=False),
+    Router(),
+    Router(top_k=2),
+    Specialists(),
+    Specialists(labels=False),
 ]
+
+Weigh = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""Teacher logits [K,B,C] and labels [B] -> weights [K,B], for one student."""
+
+
+def built(config: AnyCombination) -> Weigh:
+    """The combination, ready for whatever number of teachers it is first asked about."""
+    made = config.build()
+
+    def weigh(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        if isinstance(made, Helper):
+            made.prepare(Shapes(logits.shape[2], 4, num_teachers=len(logits)))
+        student = torch.linspace(-1, 1, logits.shape[2], dtype=logits.dtype).expand(logits.shape[1:])
+        return made(logits, labels, student)
+
+    return weigh
 
 
 @pytest.fixture(params=CASES, ids=str)
-def combine(request) -> CombineFn:
-    return request.param.build()
+def combine(request) -> Weigh:
+    return built(request.param)
 
 
 def draw(teachers: int, batch: int, classes: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -70,7 +100,7 @@ def test_every_member_has_a_case_a_card_and_a_round_trip():
 @settings(max_examples=80, deadline=None)
 def test_weights_are_a_distribution_over_teachers(case, seed, teachers, batch, classes):
     logits, labels = draw(teachers, batch, classes, seed)
-    weights = case.build()(logits, labels)
+    weights = built(case)(logits, labels)
     assert weights.shape == (teachers, batch)
     assert weights.dtype == torch.float32
     assert (weights >= 0).all()
@@ -114,7 +144,7 @@ def test_no_gradient_reaches_the_teachers(combine):
 
 def test_confidence_by_label_takes_the_one_surest_of_the_truth():
     logits, labels = draw(4, 50, 6)
-    weights = Confidence().build()(logits, labels)
+    weights = built(Confidence())(logits, labels)
     assert set(weights.unique().tolist()) == {0.0, 1.0}
     truth = logits.softmax(-1)[:, torch.arange(50), labels]
     assert torch.equal(weights.argmax(0), truth.argmax(0))
@@ -122,7 +152,7 @@ def test_confidence_by_label_takes_the_one_surest_of_the_truth():
 
 def test_confidence_without_labels_ignores_them():
     logits, labels = draw(4, 50, 6)
-    combine = Confidence(labels=False).build()
+    combine = built(Confidence(labels=False))
     weights = combine(logits, labels)
     assert torch.equal(weights, combine(logits, (labels + 1) % 6))
     assert torch.equal(weights.argmax(0), logits.softmax(-1).amax(-1).argmax(0))
@@ -132,9 +162,16 @@ def test_confidence_with_a_dominating_teacher_is_distillation_from_it():
     logits, labels = draw(3, 20, 5)
     logits[1, torch.arange(20), labels] += 100
     student = torch.randn(20, 5, generator=torch.Generator().manual_seed(9))
-    weights = Confidence().build()(logits, labels)
+    weights = built(Confidence())(logits, labels)
     kd = Kd().build()
     torch.testing.assert_close(
         kd(Outputs(student), TeacherOutputs(logits, weights), labels),
         kd(Outputs(student), TeacherOutputs(logits[1:2], torch.ones(1, 20)), labels),
     )
+
+
+def test_samples_without_a_label_still_have_teachers(combine):
+    logits, labels = draw(3, 6, 4)
+    weights = combine(logits, torch.where(torch.arange(6) < 3, -1, labels))
+    torch.testing.assert_close(weights.sum(0), torch.ones(6))
+    torch.testing.assert_close(weights[:, 3:], combine(logits, labels)[:, 3:])

@@ -73,7 +73,7 @@ def merge_branches(
         dataset: train images and calibration labels are for the merge, the validation split for the choice.
         seed: copy ``number`` gets ``seed + 1 + number``; the merge gets ``seed``.
         train_branch: called once per copy, with its seed and its name ``branch-<number>``.
-        augment: views the merge looks at, best those of the training; plain images when None.
+        augment: views the merge looks at, say those of the training; plain images when None.
 
     Raises:
         ShapeError: a copy no longer has the student's names or shapes.

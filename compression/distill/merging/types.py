@@ -22,7 +22,7 @@ class Merging:
     seed: int
     """Of drawn images, labels and views."""
     augment: AnyAugment = field(default_factory=NoAugment)
-    """Which views of the images are looked at; batch norm statistics fit best those the members were trained on."""
+    """Which views of the images are looked at, say those of the training; plain images unless told otherwise."""
 
     def view(self, split: Split, rows: Tensor, number: int) -> Tensor:
         """Return raw images [B,C,H,W] of a split, rows int64 [B], in the numbered view."""

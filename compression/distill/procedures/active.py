@@ -6,6 +6,7 @@ Legend: N samples of the pool, M labelled samples, C classes, Q samples chosen.
 import copy
 import hashlib
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Annotated, ClassVar, Literal
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from compression.card import MethodCard
 from compression.data.dataset import Dataset
+from compression.distill.losses import AnyLoss
 from compression.distill.procedures.training import ProcedureFn, Training, joined
 from compression.errors import CompressionError
 from compression.metrics import predict
@@ -78,13 +80,26 @@ def masked(dataset: Dataset, rows: Tensor) -> Dataset:
     return replace(dataset, train=train, hashes=dataset.hashes | {"labelled": digest})
 
 
+def balanced(losses: Sequence[AnyLoss], *, labelled: int, samples: int, batch_size: int) -> tuple[AnyLoss, ...]:
+    """The losses, those of labels with ``samples / labelled`` times their weight, but at most ``batch_size`` times.
+
+    A step counts a loss of labels by the labelled share of its batch. With this factor it is, on average, the mean over
+    labelled samples, as it is meant beside the losses of teachers; the limit is a batch with one label among others.
+    """
+    factor = min(samples / labelled, batch_size)
+    return tuple(
+        loss.model_copy(update={"weight": loss.weight * factor}) if loss.needs.labels else loss for loss in losses
+    )
+
+
 def active(training: Training, *, rounds: int, queries: int | None, round_epochs: int | None) -> History:
     """Train the student with labels for some samples alone, in rounds, and return the curves of all rounds.
 
     Kang et al. 2025 (arXiv:2506.00910), ActiveKD with PCoreSet. The first round has a label of each class. After each
     round but the last, samples are chosen whose distributions, by the student of that round, are the farthest from
     those of labelled ones, and their labels are looked up. Every round starts from the same initial weights. Losses of
-    labels see labelled rows, losses of teachers all of them. Rows have ``labelled``, the number of labels used.
+    labels see labelled rows, losses of teachers all of them, and the few labels are not outweighed (see ``balanced``).
+    Rows have ``labelled``, the number of labels used.
 
     Ours: one linear head. The authors train a second one on the teachers and average the probabilities of the two; that
     is no linear head, so it could not be exported as one. Both kinds of loss train the head that is deployed, and its
@@ -107,7 +122,16 @@ def active(training: Training, *, rounds: int, queries: int | None, round_epochs
         last = number == rounds
         student = training.student if last else copy.deepcopy(start)
         part = _telling(training, labelled=len(rows)).run(
-            student, name=f"round-{number}", train=train if last else short, dataset=masked(dataset, rows)
+            student,
+            name=f"round-{number}",
+            train=train if last else short,
+            losses=balanced(
+                training.config.weighted_losses,
+                labelled=len(rows),
+                samples=len(dataset.train.labels),
+                batch_size=train.batch_size,
+            ),
+            dataset=masked(dataset, rows),
         )
         parts.append(History([row | {"labelled": len(rows)} for row in part.rows]))
         logger.info("Round %d of %d used %d of %d labels.", number, rounds, len(rows), len(dataset.train.labels))

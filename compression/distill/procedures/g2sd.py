@@ -218,6 +218,7 @@ def g2sd(training: Training, config: "G2sd") -> History:
         train=train.model_copy(update={"epochs": epochs}),
         step=GenericStep(student, teacher, decoder, mask_ratio=config.mask_ratio, beta=config.beta),
         helpers=decoder,
+        monitored=False,
     )
     specific = training.run(name="specific", train=train.model_copy(update={"epochs": train.epochs - epochs}))
     return joined(generic, specific)

@@ -467,15 +467,16 @@ def module_to_module(training: Training, config: "ModuleToModule") -> History:
         into = [nn.Identity(), *(stitch(a, b) for a, b in zip(interfaces[:-1], edges[:-1], strict=True))]
         out = [*(stitch(a, b) for a, b in zip(edges[:-1], interfaces[:-1], strict=True)), nn.Identity()]
 
-    parts = [training.run(nn.Sequential(*meta), name="meta", train=for_meta, step=hard_step("meta_cross_entropy"))]
+    run = partial(training.run, monitored=False)
+    parts = [run(nn.Sequential(*meta), name="meta", train=for_meta, step=hard_step("meta_cross_entropy"))]
     for place in range(count):
         number = place + 1
         taught = Hybrid(meta, place, theirs[place])
         incubation = hard_step("teacher_module_cross_entropy")
-        parts.append(training.run(taught, name=f"teacher-{number}", train=for_theirs, step=incubation))
+        parts.append(run(taught, name=f"teacher-{number}", train=for_theirs, step=incubation))
         step = ModuleStep(taught, kd_weight=config.kd_weight, temperature=config.temperature)
         hybrid = Hybrid(meta, place, ours[place], into=into[place], out=out[place])
-        parts.append(training.run(hybrid, name=f"module-{number}", train=for_ours, step=step))
+        parts.append(run(hybrid, name=f"module-{number}", train=for_ours, step=step))
     return joined(*parts, training.run(name="assembled", train=for_whole))
 
 

@@ -86,6 +86,7 @@ class Training:
         helpers: nn.Module | None = None,
         self_trained: Sequence[nn.Parameter] = (),
         backward: Backward | None = None,
+        monitored: bool = True,
     ) -> History:
         """Return the learning curve of one part of the procedure; what is None is that of the configuration.
 
@@ -102,6 +103,7 @@ class Training:
             helpers: see ``step``.
             self_trained: parameters of ``helpers`` with an optimiser of their own.
             backward: of the step, if it has one.
+            monitored: watch for a student that learns its teachers' faults; off where the model is no student yet.
         """
         student = self.student if student is None else student
         train = self.config.train if train is None else train
@@ -116,7 +118,7 @@ class Training:
             if look is not None:
                 look(self.panel, self.teachers, dataset)
             helpers = nn.ModuleList([helpers or nn.Module(), sampler])
-        watch = self.config.monitor.watch(self.panel, dataset)
+        watch = self.config.monitor.watch(self.panel, dataset) if monitored else None
         return fit(
             student,
             step,

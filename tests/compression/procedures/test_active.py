@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from compression.data.dataset import Dataset, without_labels
 from compression.distill import CrossEntropy, DistillConfig, Kd
 from compression.distill.procedures import Training, active
-from compression.distill.procedures.active import Active, first_labelled, k_centre_greedy, masked
+from compression.distill.procedures.active import Active, balanced, first_labelled, k_centre_greedy, masked
 from compression.errors import CompressionError
 from compression.train import Hardware, History, TrainConfig
 from tests.compression.losses.short_training import SHIFT, Stop, assert_same, net, stop_at, stored
@@ -114,6 +114,16 @@ def test_all_other_labels_are_hidden():
     assert found.hashes["train"] == data.hashes["train"]
 
 
+def test_few_labels_count_as_much_as_many_but_never_more_than_one_in_its_batch():
+    losses = (CrossEntropy(weight=0.3), Kd(weight=0.7))
+    found = balanced(losses, labelled=8, samples=64, batch_size=16)
+    assert [loss.weight for loss in found] == pytest.approx([2.4, 0.7])
+    assert [loss.weight for loss in balanced(losses, labelled=2, samples=64, batch_size=16)] == pytest.approx(
+        [4.8, 0.7]
+    )
+    assert balanced(losses, labelled=64, samples=64, batch_size=16) == losses
+
+
 # ---------------------------------------------------------------- rounds
 
 
@@ -144,6 +154,11 @@ def run(panel, folder: Path | None = None, data: Dataset | None = None, **option
     return given.student, config.build()(given)
 
 
+def scaled(labelled: int) -> tuple:
+    """The losses of a round with so many of the 64 samples labelled."""
+    return (CrossEntropy(weight=0.5 * 64 / labelled), Kd())
+
+
 @pytest.fixture
 def spied(monkeypatch) -> list[Tensor]:
     """The labelled rows of each round."""
@@ -170,7 +185,7 @@ def test_rounds_buy_labels_and_say_how_many(panel, spied):
 def test_the_student_is_that_of_one_fresh_training_on_the_last_labels(panel, spied):
     student, _ = run(panel, round_epochs=2)
     alone = training(panel)
-    alone.run(dataset=masked(alone.dataset, spied[-1]))
+    alone.run(losses=scaled(14), dataset=masked(alone.dataset, spied[-1]))
     assert_same(student.state_dict(), alone.student.state_dict())
 
 
@@ -190,7 +205,8 @@ def test_labels_that_were_not_bought_do_not_matter(panel, spied):
 def test_choices_are_the_centres_of_the_rounds_own_predictions(panel, spied):
     run(panel)
     first = training(panel)
-    first.run(train=first.config.train.model_copy(update={"epochs": 1}), dataset=masked(first.dataset, spied[0]))
+    short = first.config.train.model_copy(update={"epochs": 1})
+    first.run(train=short, losses=scaled(4), dataset=masked(first.dataset, spied[0]))
     found = active.predict(first.student, first.dataset.train, first.dataset.preprocessing).softmax(1)
     pool = torch.tensor([row for row in range(64) if row not in spied[0].tolist()])
     expected = pool[k_centre_greedy(found[pool], found[spied[0]], 5)]
