@@ -29,6 +29,7 @@ import torch
 from scipy.stats import spearmanr
 
 from compression import profile
+from compression.catalogue import catalogue
 from compression.checkpoint import load_checkpoint
 from compression.data import open_dataset
 from compression.data.dataset import Dataset, Split
@@ -127,6 +128,8 @@ class Arm:
     """Share of the train labels that is known; the others are hidden, or, without teachers, their samples left out."""
     bases: tuple[str, str] = (BASELINE, KD_ARM)
     """Arms it is compared with."""
+    method: str = ""
+    """Of the catalogue, whose worth the arm shows: ``losses.pld``."""
 
 
 @dataclass
@@ -165,7 +168,11 @@ def loss_arms(best: str, answers: Path) -> dict[str, Arm]:
     both: tuple[AnyLoss, ...] = (ce, kd)
     beside = dict.fromkeys(add_ons, both) | {"pld": (), "tgeo": (), "mix_std": (CrossEntropy(weight=0.1),)}
     alone = f"kd, {best} alone"
-    arms = {BASELINE: Arm(), KD_ARM: Arm((ce, kd)), alone: Arm((ce, kd), teachers=(best,))}
+    arms = {
+        BASELINE: Arm(method="losses.cross_entropy"),
+        KD_ARM: Arm((ce, kd), method="losses.kd"),
+        alone: Arm((ce, kd), teachers=(best,)),
+    }
     for member in get_args(AnyLoss):
         kind = member.model_fields["kind"].default
         if kind in (KD_ARM, "cross_entropy"):
@@ -176,9 +183,10 @@ def loss_arms(best: str, answers: Path) -> dict[str, Arm]:
             (*beside.get(kind, (ce,)), loss),
             teachers=(best,) if live else (),
             bases=(BASELINE, alone if live else KD_ARM),
+            method=f"losses.{kind}",
         )
-    arms["ofa, branches"] = Arm((ce, Ofa(branches=1.0)))
-    arms["dhkd, aligned"] = Arm((ce, member_of("dhkd", align_gradients=True)))
+    arms["ofa, branches"] = Arm((ce, Ofa(branches=1.0)), method="losses.ofa")
+    arms["dhkd, aligned"] = Arm((ce, member_of("dhkd", align_gradients=True)), method="losses.dhkd")
     return arms
 
 
@@ -201,9 +209,11 @@ def all_arms(teachers: Sequence[str], panel: Sequence[str], answers: Path, epoch
         arms[f"kd, {teacher} alone"] = Arm(kd, teachers=(teacher,), bases=(BASELINE, alone))
     halves = (f"{panel[0]}: first half", f"{panel[-1]}: second half")
     arms["kd, specialists"] = Arm(kd, Specialists(), halves)
-    arms["sigmoid_kd, specialists"] = Arm((kd[0], SigmoidKd(self_paced=True)), Specialists(), halves)
+    arms["sigmoid_kd, specialists"] = Arm(
+        (kd[0], SigmoidKd(self_paced=True)), Specialists(), halves, method="losses.sigmoid_kd"
+    )
     arms["class_relation, half the classes"] = Arm(
-        (kd[0], ClassRelation()), teachers=halves[:1], bases=(BASELINE, alone)
+        (kd[0], ClassRelation()), teachers=halves[:1], bases=(BASELINE, alone), method="losses.class_relation"
     )
     arms["kd, no labels"] = Arm((Kd(temperature=2.0),), changes={"labels": "none"})
     arms["no teachers, a tenth of the labels"] = Arm(labelled=0.1)
@@ -244,7 +254,21 @@ def all_arms(teachers: Sequence[str], panel: Sequence[str], answers: Path, epoch
             student=TOKENS,
             bases=("tokens: no teachers", "tokens: kd"),
         )
-    return arms
+    methods = {_kind(config): f"{kind}.{_kind(config)}" for kind in SHOWN for config in catalogue()[kind]}
+
+    def method_of(name: str) -> str:
+        words = [word for part in name.split(", ") for word in part.split(": ")]
+        return next((methods[word] for word in words if word in methods), "")
+
+    return {name: replace(arm, method=arm.method or method_of(name)) for name, arm in arms.items()}
+
+
+SHOWN = ("combinations", "samplers", "procedures", "mergers", "augmenters")
+"""Kinds of the catalogue that arms are named after, beside losses."""
+
+
+def _kind(config: Any) -> str:
+    return config.model_fields["kind"].default
 
 
 def prepare(recipe: Recipe, student: AnyModel, train: TrainConfig, panel: int) -> Work:
@@ -372,36 +396,56 @@ def interval(arm: np.ndarray, base: np.ndarray) -> tuple[float, float, float]:
     return 100 * float(gap.mean()), 100 * float(low), 100 * float(high)
 
 
-def table(results: Mapping[str, list[Result]], arms: Mapping[str, Arm]) -> Iterator[tuple[dict[str, Any], str]]:
-    """A row of numbers and a row of Markdown for each arm."""
+def setting(work: Work, seeds: int) -> str:
+    """Student, schedule and data in words."""
+    dataset = open_dataset(work.data)
+    student = work.student.build(dataset.num_classes, dataset.input_shape)
+    return (
+        f"student of {profile.macs(student, dataset.input_shape) / 1e6:.2f} M MACs and {profile.params(student):,} "
+        f"parameters, panel {' and '.join(work.panel)}, {work.train.epochs} epochs on {100 * work.share:.0f} % of the "
+        f"train split, {seeds} seeds"
+    )
+
+
+def table(work: Work, results: Mapping[str, list[Result]]) -> Iterator[tuple[dict[str, Any], str]]:
+    """A record, as ``compression/measured.json`` has it, and a row of Markdown for each arm."""
+    arms = work.arms
     stacked = {name: np.stack([each.correct for each in rows]) for name, rows in results.items()}
     cost = {name: [each.cpu_seconds for each in rows] for name, rows in results.items()}
     for name, rows in results.items():
         accuracy = [100 * float(each.correct.mean()) for each in rows]
-        record: dict[str, Any] = {
-            "arm": name,
-            "accuracy": mean(accuracy),
-            "sd": stdev(accuracy) if len(accuracy) > 1 else None,
-            "nll": mean(each.nll for each in rows),
-            "ece": mean(each.ece for each in rows),
-        }
+        spread = stdev(accuracy) if len(accuracy) > 1 else None
+        nll, ece = mean(each.nll for each in rows), mean(each.ece for each in rows)
+        gaps: list[dict[str, Any]] = []
         cells = []
         for base in arms[name].bases:
             if base in results and name != base:
                 gap, low, high = interval(stacked[name], stacked[base])
-                record[f"to {base}"] = [gap, low, high]
+                numbers = {"points": gap, "low": low, "high": high}
+                gaps.append({"base": base} | {key: round(value, 2) for key, value in numbers.items()})
                 named = "" if base in (BASELINE, KD_ARM) else f" to *{base}*"
                 cells.append(f"{gap:+.2f} ({low:+.2f} to {high:+.2f}){named}")
             else:
                 cells.append("")
         beside = arms[name].bases[1]
+        ratio = None
         if beside in cost:
-            record["cost"] = median(mine / theirs for mine, theirs in zip(cost[name], cost[beside], strict=True))
-        spread = "" if record["sd"] is None else f" ± {record['sd']:.2f}"
+            ratio = median(mine / theirs for mine, theirs in zip(cost[name], cost[beside], strict=True))
+        record: dict[str, Any] = {
+            "method": arms[name].method,
+            "arm": name,
+            "data": work.recipe.name,
+            "setting": setting(work, len(rows)),
+            "accuracy": round(mean(accuracy), 2),
+            "ece": round(ece, 4),
+            "gaps": gaps,
+            "cost": None if ratio is None else round(ratio, 2),
+        }
+        plus = "" if spread is None else f" ± {spread:.2f}"
         yield (
             record,
-            f"| {name} | {record['accuracy']:.2f}{spread} | {cells[0]} | {cells[1]} | {record['ece']:.3f} "
-            f"| {record['nll']:.3f} | {record.get('cost', float('nan')):.2f} |",
+            f"| {name} | {mean(accuracy):.2f}{plus} | {cells[0]} | {cells[1]} | {ece:.3f} | {nll:.3f} "
+            f"| {'' if ratio is None else f'{ratio:.2f}'} |",
         )
 
 
@@ -463,13 +507,8 @@ def main() -> None:
 
 def run(work: Work, seeds: int, processes: int, json_path: Path | None) -> None:
     """Train every arm with every seed and print the tables."""
-    dataset, arms = open_dataset(work.data), work.arms
-    student = work.student.build(dataset.num_classes, dataset.input_shape)
-    size = f"{profile.macs(student, dataset.input_shape) / 1e6:.2f} M MACs, {profile.params(student):,} parameters"
-    print(
-        f"{work.recipe.name}: student {size}; panel {', '.join(work.panel)}; {work.train.epochs} epochs, "
-        f"{seeds} seeds, {100 * work.share:.0f} % of the train split"
-    )
+    arms = work.arms
+    print(f"{work.recipe.name}: {setting(work, seeds)}")
     jobs = list(product(range(seeds), arms))
     results: dict[str, list[Result]] = {name: [] for name in arms}
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
@@ -486,13 +525,13 @@ def report(work: Work, results: Mapping[str, list[Result]], json_path: Path | No
         "|\n|---|---|---|---|---|---|---|"
     )
     records = []
-    for record, line in table(results, work.arms):
+    for record, line in table(work, results):
         records.append(record)
         print(line)
     for line in selectors(work, results):
         print(line)
     if json_path is not None:
-        json_path.write_text(json.dumps(records, indent=1))
+        json_path.write_text(json.dumps([row for row in records if row["method"]], indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -12,10 +12,11 @@ from rich.table import Table
 
 from compression.catalogue import catalogue
 from compression.errors import InputError
+from compression.measured import measured_of
 from compression.types import Frozen
 
 STAGES = {
-    "distill": ("losses", "combinations", "samplers"),
+    "distill": ("losses", "combinations", "samplers", "procedures", "mergers", "augmenters"),
     "select": ("selectors",),
     "search": ("searchers", "spaces", "criteria"),
     "quantize": ("quantizers",),
@@ -33,23 +34,26 @@ def show_methods(console: Console, kind: str | None, name: str | None, *, as_jso
     """
     chosen = _chosen(kind, name)
     if as_json:
-        facts = {each: [method_facts(config) for config in configs] for each, configs in chosen.items()}
+        facts = {each: [method_facts(each, config) for config in configs] for each, configs in chosen.items()}
         console.out(json.dumps(facts, indent=1), highlight=False)
         return
     for each, configs in chosen.items():
         if name is not None:
-            _show_card(console, configs[0])
+            _show_card(console, each, configs[0])
             return
-        table = Table("method", "what it does", "source", title=each)
+        table = Table("method", "what it does", "needs", "measured here", title=each, show_lines=True)
         for config in configs:
             card = getattr(config, "card", None)
             summary = card.summary if card else (config.__doc__ or "").strip()
-            table.add_row(_kind(config), escape(summary), escape(card.paper) if card else "")
+            found = "\n".join(row.words() for row in measured_of(each, _kind(config))) or "-"
+            table.add_row(_kind(config), escape(summary), escape(card.needs) if card else "", escape(found))
         console.print(table)
 
 
-def method_facts(config: type[Frozen]) -> dict[str, Any]:
-    """Return kind, the texts of the card, and ``fields``: name -> type, default and meaning; all JSON values.
+def method_facts(kind: str, config: type[Frozen]) -> dict[str, Any]:
+    """Return kind, the texts of the card, ``measured`` results, and ``fields``: name -> type, default and meaning.
+
+    All are JSON values.
 
     A field that must be given has no default.
     """
@@ -59,7 +63,9 @@ def method_facts(config: type[Frozen]) -> dict[str, Any]:
         fields[field] = {"type": _type_name(facts.annotation), "meaning": facts.description or ""}
         if not facts.is_required():
             fields[field]["default"] = to_jsonable_python(facts.get_default(call_default_factory=True))
-    return {"kind": _kind(config), **(card.model_dump() if card is not None else {}), "fields": fields}
+    results = [row.model_dump(mode="json", exclude={"method"}) for row in measured_of(kind, _kind(config))]
+    texts = card.model_dump() if card is not None else {}
+    return {"kind": _kind(config), **texts, "measured": results, "fields": fields}
 
 
 def _chosen(kind: str | None, name: str | None) -> dict[str, list[type[Frozen]]]:
@@ -82,11 +88,13 @@ def _chosen(kind: str | None, name: str | None) -> dict[str, list[type[Frozen]]]
     raise InputError(_unknown("Method", name, [_kind(config) for configs in chosen.values() for config in configs]))
 
 
-def _show_card(console: Console, config: type[Frozen]) -> None:
+def _show_card(console: Console, kind: str, config: type[Frozen]) -> None:
     card = getattr(config, "card", None)
     if card is not None:
         for field, value in card.model_dump().items():
             console.print(f"[bold]{field}[/]: {escape(value)}")
+    for row in measured_of(kind, _kind(config)):
+        console.print(f"[bold]measured[/]: {escape(row.words())}; {escape(row.setting)}")
     table = Table("field", "type", "default", "meaning")
     for field, facts in config.model_fields.items():
         default = "required" if facts.is_required() else str(facts.get_default(call_default_factory=True))

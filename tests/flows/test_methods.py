@@ -43,7 +43,7 @@ def test_the_whole_catalogue_is_json():
     }
     for methods in found.values():
         for method in methods:
-            assert set(method) == {"kind", *MethodCard.model_fields, "fields"}
+            assert set(method) == {"kind", *MethodCard.model_fields, "measured", "fields"}
             for field in method["fields"].values():
                 assert {"type", "meaning"} <= set(field) <= {"type", "meaning", "default"}
 
@@ -69,7 +69,7 @@ def test_fields_say_type_default_and_meaning():
         many: Annotated[tuple[float, ...], Field(min_length=1)] = (0.5, 1.0)
         parts: list[NoAugment | None] = [NoAugment(), None]
 
-    found = method_facts(Made)
+    found = method_facts("losses", Made)
     assert found["kind"] == "made"
     fields = found["fields"]
     assert fields["kind"]["type"] == "'made' | 'built'"
@@ -128,12 +128,12 @@ def test_what_does_not_exist_is_refused_with_what_does():
 # ---------------------------------------------------------------- for people
 
 
-def test_the_tables_show_every_method_with_its_source():
+def test_the_tables_show_every_method_with_its_needs():
     text = shown()
     for kind, configs in catalogue().items():
         assert kind in text
         assert all(name in text for name in names(configs))
-    assert "arXiv:2310.17653" in text
+    assert "hard labels" in text
 
 
 def test_a_card_shows_its_texts_and_fields_as_written():
@@ -151,3 +151,37 @@ def test_the_program_prints_json_alone(monkeypatch):
     help_text = CliRunner().invoke(app, ["methods", "--help"]).stdout
     assert "--json" in help_text
     assert "distill" in help_text
+
+
+def test_what_was_measured_is_shown_beside_the_card(monkeypatch):
+    from compression import measured
+
+    gaps = (
+        measured.Gap(base="no teachers", points=0.5, low=0.1, high=0.9),
+        measured.Gap(base="kd", points=-0.25, low=-0.5, high=0.0),
+    )
+    row = measured.Measured(
+        method="losses.pld",
+        arm="pld",
+        data="digits",
+        setting="a small student, 3 seeds",
+        accuracy=97.5,
+        ece=0.02,
+        gaps=gaps,
+        cost=1.1,
+    )
+    monkeypatch.setattr(measured, "measured", lambda: (row,))
+    assert "digits: -0.25 (-0.50 to +0.00) points to 'kd', cost x1.10; a small student, 3 seeds" in shown(
+        "distill", "pld"
+    )
+    assert "digits: -0.25" in " ".join(shown("losses").split())
+    assert as_json("distill", "pld")["losses"][0]["measured"][0]["gaps"][0]["points"] == 0.5
+    assert as_json("distill", "dkd")["losses"][0]["measured"] == []
+
+
+def test_every_record_belongs_to_a_method_of_the_catalogue():
+    from compression.measured import measured
+
+    known = {f"{kind}.{name}" for kind, configs in catalogue().items() for name in names(configs)}
+    assert {row.method for row in measured()} <= known
+    assert all(gap.low <= gap.points <= gap.high for row in measured() for gap in row.gaps)
