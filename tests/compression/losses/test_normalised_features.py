@@ -268,8 +268,8 @@ WIDTHS = (4, 6)
 
 @pytest.fixture(scope="module")
 def panel(tmp_path_factory):
-    """Two teachers and their stored outputs: one as wide as the student, and a wider, deeper one."""
-    models = [staged(WIDTHS, seed=1), staged((4, 5, 8), seed=2)]
+    """Two teachers and their stored outputs: one as wide as the student, and a wider one."""
+    models = [staged(WIDTHS, seed=1), staged((5, 8), seed=2)]
     outputs = []
     for number, model in enumerate(models):
         folder = tmp_path_factory.mktemp("outputs") / str(number)
