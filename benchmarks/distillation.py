@@ -206,7 +206,8 @@ def all_arms(teachers: Sequence[str], panel: Sequence[str], answers: Path, epoch
             arms[f"kd, {kind}"] = Arm(kd, member())
     arms["kd, uniform, all teachers"] = Arm(kd, teachers=tuple(teachers))
     for teacher in (*teachers, "untrained", "black box"):
-        arms[f"kd, {teacher} alone"] = Arm(kd, teachers=(teacher,), bases=(BASELINE, alone))
+        method = {"untrained": "sources.untrained", "black box": "sources.outputs"}.get(teacher, "")
+        arms[f"kd, {teacher} alone"] = Arm(kd, teachers=(teacher,), bases=(BASELINE, alone), method=method)
     halves = (f"{panel[0]}: first half", f"{panel[-1]}: second half")
     arms["kd, specialists"] = Arm(kd, Specialists(), halves)
     arms["sigmoid_kd, specialists"] = Arm(
@@ -457,7 +458,7 @@ def selectors(work: Work, results: Mapping[str, list[Result]]) -> Iterator[str]:
     stored = {name: StoredOutputs.open(path) for name, path in work.outputs.items()}
     made = {
         name: mean(float(each.correct.mean()) for each in results[f"kd, {name} alone"])
-        for name in stored
+        for name in work.checkpoints
         if f"kd, {name} alone" in results
     }
     if len(made) < 2:

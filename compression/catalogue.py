@@ -18,8 +18,10 @@ def catalogue() -> dict[str, list[type[Frozen]]]:
     from compression.search import AnySearch, AnySpace
     from compression.search.criteria import AnyCriterion
     from compression.select import AnySelector
+    from compression.teachers import AnySource
 
     return {
+        "sources": members(AnySource),
         "selectors": members(AnySelector),
         "searchers": members(AnySearch),
         "spaces": members(AnySpace),

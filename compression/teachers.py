@@ -3,13 +3,14 @@
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field, StringConstraints, model_validator
 from torch import nn
 
 from compression.augment import AnyAugment
+from compression.card import MethodCard
 from compression.checkpoint import load_into, load_weights
 from compression.data import Dataset, Split
 from compression.distill import plain_step
@@ -26,6 +27,15 @@ class TrainFromScratch(Frozen):
     train: TrainConfig
     """Schedule of the training."""
 
+    card: ClassVar[MethodCard] = MethodCard(
+        name="Teacher trained by the recipe",
+        paper="None to cite.",
+        summary="Trains the architecture on the recipe's labels, on those of some classes alone for a specialist.",
+        needs="Labels.",
+        cost="A training; kept until its recipe, its data or the training code change.",
+        evidence="All teachers measured on our data were trained like this.",
+    )
+
 
 class FromCheckpoint(Frozen):
     """Weights that exist already: safetensors, or a ``.pt`` file that holds tensors only."""
@@ -36,12 +46,31 @@ class FromCheckpoint(Frozen):
     sha256: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")] | None = None
     """Refuse the file unless its SHA-256 is this."""
 
+    card: ClassVar[MethodCard] = MethodCard(
+        name="Teacher from a checkpoint",
+        paper="None to cite.",
+        summary="Loads weights that fit the architecture; nothing is ever unpickled.",
+        needs="A safetensors file, or a .pt file of tensors alone.",
+        cost="Reading it.",
+        evidence="Runs on a timm checkpoint in the tests; what the teacher is worth the run itself measures.",
+    )
+
 
 class Untrained(Frozen):
-    """Random weights: a negative control, after Sarnthein et al. 2023, "Random Teachers are Good Teachers"
-    (arXiv:2302.12091). A gain that it gives as well is no transfer of knowledge."""
+    """Random weights, as a negative control: a gain that such a teacher gives as well is no transfer of knowledge."""
 
     kind: Literal["untrained"] = "untrained"
+
+    card: ClassVar[MethodCard] = MethodCard(
+        name="Random teacher (negative control)",
+        paper="Sarnthein et al. 2023, Random Teachers are Good Teachers, arXiv:2302.12091",
+        summary="Research: leaves the weights random. What a student gains from it is regularisation, not knowledge, "
+        "so a real teacher must be worth more.",
+        needs="Nothing.",
+        cost="As any teacher.",
+        evidence="The paper reports a linear probe on CIFAR-10 of 46.0 % after distillation from a random ResNet-18, "
+        "35.5 % before. Not measured on our data yet.",
+    )
 
 
 class FromOutputs(Frozen):
@@ -52,6 +81,20 @@ class FromOutputs(Frozen):
     """A .npz file with ``ids`` int [M] and ``probabilities`` float [M,C] for every train, validation and unlabelled
     sample; ``stillhouse samples`` writes the images with their ids."""
 
+    card: ClassVar[MethodCard] = MethodCard(
+        name="Black box",
+        paper="None to cite.",
+        summary="A teacher of which nothing exists but the probabilities it gave to plain images; they serve all "
+        "views.",
+        needs="Its answer for every train, validation and unlabelled image, beside another teacher that has a model.",
+        cost="Reading the file.",
+        evidence="Not measured on our data yet.",
+    )
+
+
+AnySource = TrainFromScratch | FromCheckpoint | Untrained | FromOutputs
+"""Where a teacher comes from: what a recipe may name under ``teachers.source``."""
+
 
 class Teacher(Frozen):
     """One teacher: an architecture, and where its weights come from."""
@@ -59,7 +102,7 @@ class Teacher(Frozen):
     name: Slug
     model: AnyModel | None = None
     """Architecture; none for a black box."""
-    source: TrainFromScratch | FromCheckpoint | Untrained | FromOutputs
+    source: AnySource
     """Trained by the recipe, loaded, left random, or a black box."""
     classes: Annotated[tuple[str, ...], Field(min_length=2)] | None = None
     """Names of the classes that a specialist knows: it is trained on their samples alone, and says nothing about

@@ -17,7 +17,7 @@ from compression.types import Frozen
 
 STAGES = {
     "distill": ("losses", "combinations", "samplers", "procedures", "mergers", "augmenters"),
-    "select": ("selectors",),
+    "select": ("sources", "selectors"),
     "search": ("searchers", "spaces", "criteria"),
     "quantize": ("quantizers",),
 }

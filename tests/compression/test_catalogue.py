@@ -10,6 +10,7 @@ from compression.quantize import AnyQuantizer, Qat
 from compression.select import AnySelector
 
 KINDS = [
+    "sources",
     "selectors",
     "searchers",
     "spaces",
