@@ -184,7 +184,7 @@ class Aggregated(Frozen):
         "classifier, say cross_entropy.",
         cost="Stored features, and a transformer layer over as many tokens as teachers during training; nothing "
         "afterwards.",
-        evidence="Not measured on our data yet.",
+        evidence="Measured on our data: see `measured`.",
     )
 
     @model_validator(mode="after")

@@ -76,7 +76,7 @@ class MixStd(Frozen):
         "before probabilities are used, or list cross_entropy beside it.",
         needs="Teacher logits on the same views; no labels. Goes with the online augmentation mixup.",
         cost="Two more passes over the logits.",
-        evidence="Not measured on our data yet.",
+        evidence="Measured on our data: see `measured`.",
     )
 
     def build(self) -> LossFn:

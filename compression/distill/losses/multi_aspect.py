@@ -220,7 +220,7 @@ class MultiAspect(Frozen):
         cost="As many questions per image (or class) put to the multimodal model, once; in training one more linear "
         "layer, nothing afterwards.",
         evidence="The paper reports gains over its baselines in all of its image classification experiments. "
-        "Not measured on our data yet.",
+        "Measured on our data: see `measured`.",
     )
 
     def build(self) -> LossFn:

@@ -159,7 +159,7 @@ class Nd(Frozen):
         cost="Stored features, one pass over them for the class means, and a linear layer per teacher of another "
         "width during training; nothing afterwards.",
         evidence="The paper reports 73.3 to 75.5 % on CIFAR-100 (ResNet32x4 to ResNet8x4) and 70.7 to 72.0 % on "
-        "ImageNet (ResNet-34 to ResNet-18) when added to kd. Not measured on our data yet.",
+        "ImageNet (ResNet-34 to ResNet-18) when added to kd. Measured on our data: see `measured`.",
     )
 
     def build(self) -> LossFn:

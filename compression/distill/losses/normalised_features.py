@@ -195,7 +195,7 @@ class NormalisedFeatures(Frozen):
         cost="A forward pass of every teacher in every step, and during training a linear layer per stage of another "
         "width.",
         evidence="For diffusion models at half size the paper reports a PickScore 4.0 % lower where other ways to "
-        "prune and distil lose at least 8.2 %. Not measured on our data yet.",
+        "prune and distil lose at least 8.2 %. Measured on our data: see `measured`.",
     )
 
     def build(self) -> LossFn:

@@ -147,7 +147,7 @@ class FisherMerge(Frozen):
         needs="Models of one architecture and one ancestor, and train images; no labels.",
         cost="For each member and image one forward pass and a backward pass per class, at most `exact_classes`: "
         "about 20 seconds per member for 1000 images, 10 classes and 300 000 weights on one CPU core.",
-        evidence="Not measured on our data yet.",
+        evidence="Measured on our data: see `measured`.",
     )
 
     def build(self) -> MergeFn:

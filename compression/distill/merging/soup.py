@@ -36,7 +36,7 @@ class UniformSoup(Frozen):
         "an ensemble, at the price of a single one.",
         needs="Models of one architecture and one ancestor, not far from it; with batch norm, train images.",
         cost="One pass over 2048 images when there is batch norm; nothing else.",
-        evidence="Not measured on our data yet.",
+        evidence="Measured on our data: see `measured`.",
     )
 
     def build(self) -> MergeFn:

@@ -130,7 +130,7 @@ class TaskVectors(Frozen):
         "doses are learned from labels.",
         needs="Models of one architecture, their common ancestor, and the labels of the calibration split.",
         cost="`steps` training steps on the calibration split, with all members in memory.",
-        evidence="Not measured on our data yet.",
+        evidence="Measured on our data: see `measured`.",
     )
 
     def build(self) -> MergeFn:

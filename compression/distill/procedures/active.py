@@ -183,7 +183,7 @@ class Active(Frozen):
         needs="A panel that knows the task without these labels, losses of labels and of teachers, and someone to "
         "label; here the labels of the train split, of which no others are looked at.",
         cost="By default each round but the last adds a quarter of a training and a pass over the train split.",
-        evidence="Not measured on our data yet.",
+        evidence="Measured on our data: see `measured`.",
     )
 
     def build(self) -> ProcedureFn:

@@ -264,7 +264,7 @@ class G2sd(Frozen):
         cost="No more epochs than configured; those of the first stage run the teacher and a small decoder too. "
         "Nothing afterwards.",
         evidence="The paper's abstract reports that a ViT-S keeps 98.7 % of its ViT-B teacher's performance in "
-        "classification, 98.1 % in detection and 99.3 % in segmentation. Not measured on our data yet.",
+        "classification, 98.1 % in detection and 99.3 % in segmentation. Measured on our data: see `measured`.",
     )
 
     def build(self) -> ProcedureFn:

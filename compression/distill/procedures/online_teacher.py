@@ -125,7 +125,7 @@ class OnlineTeacher(Frozen):
         cost="Every teacher runs at every step, the first forwards and backwards, and its weights are in memory four "
         "times more; nothing afterwards.",
         evidence="The paper's abstract claims better accuracy and calibration than other online distillation on "
-        "CIFAR-10, CIFAR-100, TinyImageNet and ImageNet. Not measured on our data yet.",
+        "CIFAR-10, CIFAR-100, TinyImageNet and ImageNet. Measured on our data: see `measured`.",
     )
 
     def build(self) -> ProcedureFn:

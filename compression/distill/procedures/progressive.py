@@ -175,7 +175,7 @@ class Progressive(Frozen):
         needs="A student of kind group, at least one epoch per network, and losses that look at logits.",
         cost="Epochs are shared among the networks; each also runs those before it, forwards only.",
         evidence="The paper reports, for seven students together, 98 % on MNIST with 63 % of the teacher's FLOPs, and "
-        "on CIFAR-10 a group within 1 point of the teacher. Not measured on our data yet.",
+        "on CIFAR-10 a group within 1 point of the teacher. Measured on our data: see `measured`.",
     )
 
     def build(self) -> ProcedureFn:

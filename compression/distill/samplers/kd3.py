@@ -159,7 +159,7 @@ class Kd3(Frozen):
         needs="A panel, and a pool with images that belong to no class, say from the web; on clean data it only drops "
         "hard samples.",
         cost="`share` of the steps of an epoch on all data, and one pass of the student over all of it per epoch.",
-        evidence="Not measured on our data yet.",
+        evidence="Measured on our data: see `measured`.",
     )
 
     def build(self) -> Sampler:

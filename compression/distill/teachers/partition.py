@@ -42,7 +42,7 @@ class Partition(Frozen):
         "`labels: false`. A random start is surest only where every teacher gives the label less than 1/C.",
         cost="One forward of the frozen student per step, and a second copy of it in memory.",
         evidence="The paper reports the best transfer of all its variants between pre-trained models, without cross "
-        "entropy and over few epochs; not measured on our data yet.",
+        "entropy and over few epochs. Measured on our data: see `measured`.",
     )
 
     def build(self) -> CombineFn:

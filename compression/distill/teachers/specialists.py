@@ -85,7 +85,7 @@ class Specialists(Frozen):
         needs="At least two teachers with other sets of classes; labels, or cross_entropy beside the teachers on "
         "enough labelled samples, from which the student learns whose a sample is.",
         cost="A look-up per step; without labels a sum over the student's probabilities.",
-        evidence="Not measured on our data yet.",
+        evidence="Measured on our data: see `measured`.",
     )
 
     def build(self) -> CombineFn:
