@@ -88,7 +88,8 @@ class Dkd(Frozen):
         cost="A few more passes over the logits. For 128 samples on one CPU thread, with gradient: "
         "0.7 ms with 10 classes, 1.2 ms with 100, 15 ms with 1000 (kd 0.2, 0.4 and 1.8 ms).",
         evidence="The paper's repository reports 76.3 % for ResNet-32x4 to 8x4 on CIFAR-100 (kd 73.3) and 71.7 % for "
-        "ResNet-34 to ResNet-18 on ImageNet (kd 71.0), with beta tuned for each pair. Measured on our data: see `measured`.",
+        "ResNet-34 to ResNet-18 on ImageNet (kd 71.0), with beta tuned for each pair. "
+        "Measured on our data: see `measured`.",
     )
 
     @model_validator(mode="after")

@@ -97,7 +97,8 @@ class RandomSubset(Frozen):
         needs="Labels, for the balance; a panel, for the weights.",
         cost="`share` of the steps of an epoch on all data.",
         evidence="Papers on distillation with pruned data report that random parts do as well as chosen ones when a "
-        "teacher helps, and that the best weight of the teacher grows as data shrinks. Measured on our data: see `measured`.",
+        "teacher helps, and that the best weight of the teacher grows as data shrinks. "
+        "Measured on our data: see `measured`.",
     )
 
     def build(self) -> Sampler:

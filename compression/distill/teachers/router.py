@@ -206,7 +206,8 @@ class Router(Frozen):
         "in use. The gate is dropped at export; without the paper's masked teachers.",
         needs="At least two teachers; without labels the gate only learns whom the student imitates easily.",
         cost="One small linear layer and one divergence per teacher and step, nothing afterwards.",
-        evidence="The paper reports gains on five multimodal data sets, in its abstract. Measured on our data: see `measured`.",
+        evidence="The paper reports gains on five multimodal data sets, in its abstract. "
+        "Measured on our data: see `measured`.",
     )
 
     def build(self) -> CombineFn:
