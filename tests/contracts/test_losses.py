@@ -171,7 +171,7 @@ def built(config: AnyLoss) -> LossFn:
     return loss
 
 
-@pytest.fixture(params=CASES, ids=lambda case: str(case.config))
+@pytest.fixture(params=CASES, ids=[f"{number}-{case.config.kind}" for number, case in enumerate(CASES)])
 def case(request) -> Case:
     return request.param
 
