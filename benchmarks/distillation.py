@@ -484,10 +484,11 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2, help="processes, one thread each")
     parser.add_argument("--epochs", type=int, help="instead of the recipe's")
     parser.add_argument("--share", type=float, default=1.0, help="of the train split that students see")
+    parser.add_argument("--set", action="append", metavar="NAME.NAME=VALUE", help="override a value of the recipe")
     parser.add_argument("--only", nargs="+", metavar="ARM", help="these arms alone")
     parser.add_argument("--json", type=Path, help="write the numbers there too")
     arguments = parser.parse_args()
-    recipe = load_recipe(arguments.recipe)
+    recipe = load_recipe(arguments.recipe, arguments.set or [])
     train = recipe.distill.train
     if arguments.epochs is not None:
         train = train.model_copy(update={"epochs": arguments.epochs})

@@ -3,6 +3,8 @@
 Legend: K teachers, B batch, C classes.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -50,6 +52,20 @@ def check_classes(student_logits: Tensor, teachers: TeacherOutputs) -> None:
         raise ShapeError(
             f"Teacher logits have shape {list(teachers.logits.shape)}, expected [teachers, batch, classes] "
             f"with {list(student_logits.shape)} as the student's. Use teachers of the same classes."
+        )
+
+
+def check_features(features: Tensor, teachers: TeacherOutputs, widths: Sequence[int]) -> None:
+    """Check that teacher features are K of [B, its width], with the B of the student's ``features`` [B,D].
+
+    Raises:
+        ShapeError: they are not.
+    """
+    found = [list(each.shape) for each in teachers.features]
+    wanted = [[len(features), width] for width in widths]
+    if found != wanted:
+        raise ShapeError(
+            f"Teacher features have shapes {found}, expected {wanted}. Use the teachers the loss was prepared for."
         )
 
 

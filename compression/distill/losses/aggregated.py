@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from compression.card import MethodCard
-from compression.distill.mixture import check_classes
+from compression.distill.mixture import check_classes, check_features
 from compression.distill.types import Helper, LossFn, Needs, Shapes, widened
-from compression.errors import ShapeError
 from compression.types import Frozen, Outputs, TeacherOutputs
 
 
@@ -111,7 +110,7 @@ class AggregatedExperts(Helper):
         """
         check_classes(student.logits, teachers)
         given = widened(student.features["penultimate"])
-        self._check(given, teachers)
+        check_features(given, teachers, self.widths)
         with torch.autocast(given.device.type, enabled=False):
             features = standardised(given)
             target = self.aggregator([widened(each.detach()) for each in teachers.features], teachers.weights > 0)
@@ -138,14 +137,6 @@ class AggregatedExperts(Helper):
             self.adapter.weight, self.adapter.bias, features[support], target[support], rate=self.inner_rate
         )
         return F.cross_entropy(self.head(F.linear(features[query], weight, bias)), labels[query])
-
-    def _check(self, features: Tensor, teachers: TeacherOutputs) -> None:
-        found = [list(each.shape) for each in teachers.features]
-        wanted = [[len(features), width] for width in self.widths]
-        if found != wanted:
-            raise ShapeError(
-                f"Teacher features have shapes {found}, expected {wanted}. Use the teachers the loss was prepared for."
-            )
 
 
 class Aggregated(Frozen):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from compression.card import MethodCard
 from compression.data.dataset import Dataset
-from compression.distill.mixture import check_classes
+from compression.distill.mixture import check_classes, check_features
 from compression.distill.types import Helper, LossFn, Needs, Shapes, TeacherLogits, widened
 from compression.errors import CompressionError, ShapeError
 from compression.types import Frozen, Outputs, TeacherOutputs
@@ -120,12 +120,7 @@ class NormAndDirection(Helper):
         return (weights * torch.stack(losses)).sum(dim=0).mean()
 
     def _check(self, features: Tensor, teachers: TeacherOutputs) -> None:
-        found = [list(each.shape) for each in teachers.features]
-        wanted = [[len(features), width] for width in self.widths]
-        if found != wanted:
-            raise ShapeError(
-                f"Teacher features have shapes {found}, expected {wanted}. Use the teachers the loss was prepared for."
-            )
+        check_features(features, teachers, self.widths)
         if self.training and len(features) < 2 and any(width != features.shape[1] for width in self.widths):
             raise ShapeError(
                 "Batch has 1 sample, expected at least 2, because the projector of loss 'nd' normalises over the "

@@ -12,9 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from compression.card import MethodCard
-from compression.distill.mixture import check_classes
+from compression.distill.mixture import check_classes, check_features
 from compression.distill.types import Helper, LossFn, Needs, Shapes, widened
-from compression.errors import ShapeError
 from compression.types import Frozen, Outputs, TeacherOutputs
 
 
@@ -70,7 +69,7 @@ class Talk(Helper):
         del labels
         check_classes(student.logits, teachers)
         features = widened(student.features["penultimate"])
-        self._check(features, teachers)
+        check_features(features, teachers, self.widths)
         weights = widened(teachers.weights.detach())
         with torch.autocast(features.device.type, enabled=False):
             ours = standardised(features)
@@ -87,14 +86,6 @@ class Talk(Helper):
                     + self.state * (own_state + distance(decoder(heard), theirs))
                 )
         return (weights * torch.stack(losses)).sum(dim=0).mean()
-
-    def _check(self, features: Tensor, teachers: TeacherOutputs) -> None:
-        found = [list(each.shape) for each in teachers.features]
-        wanted = [[len(features), width] for width in self.widths]
-        if found != wanted:
-            raise ShapeError(
-                f"Teacher features have shapes {found}, expected {wanted}. Use the teachers the loss was prepared for."
-            )
 
 
 class Talking(Frozen):
