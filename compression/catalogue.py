@@ -15,6 +15,7 @@ def catalogue() -> dict[str, list[type[Frozen]]]:
     from compression.distill.samplers import AnySampler
     from compression.distill.teachers import AnyCombination
     from compression.quantize import AnyQuantizer
+    from compression.search import AnySampler as AnyProposer
     from compression.search import AnySearch, AnySpace
     from compression.search.criteria import AnyCriterion
     from compression.select import AnySelector
@@ -25,6 +26,7 @@ def catalogue() -> dict[str, list[type[Frozen]]]:
         "selectors": members(AnySelector),
         "searchers": members(AnySearch),
         "spaces": members(AnySpace),
+        "proposers": members(AnyProposer),
         "criteria": members(AnyCriterion),
         "combinations": members(AnyCombination),
         "losses": members(AnyLoss),

@@ -176,6 +176,41 @@ def side_by_side(
     return failures
 
 
+def latency_beside(
+    path: Path,
+    reference: Path,
+    *,
+    batch: int,
+    threads: int = 1,
+    warmup: int = 10,
+    rounds: int = 9,
+    inner_ms: float = 15.0,
+) -> tuple[float, float]:
+    """p50 and p95 of one ONNX file in this process as shares of the p50 of another; a quick look for searches.
+
+    The two run in turn, ``inner_ms`` each and round by round, so that a slow spell of the machine hits both; the p50 is
+    the median over rounds of the ratio of their medians. Reports use ``export.benchmark``.
+    """
+    runs, counts = [], []
+    for each in (path, reference):
+        session = open_session(each, threads=threads)
+        feed = feed_of(session, batch, seed=0)
+        call: Callable[[], object] = lambda session=session, feed=feed: session.run(None, feed)  # noqa: E731
+        runs.append(call)
+        counts.append(calls_per_round(call, warmup=warmup, inner_ms=inner_ms, rounds=10 * rounds))
+    ratios, own, other = [], [], []
+    for turn in range(rounds):
+        order = (0, 1) if turn % 2 == 0 else (1, 0)
+        times = {place: sorted(time_calls(runs[place], counts[place])) for place in order}
+        medians = {place: found[len(found) // 2] for place, found in times.items()}
+        ratios.append(medians[0] / medians[1])
+        own += times[0]
+        other.append(medians[1])
+    own.sort()
+    p50 = sorted(ratios)[rounds // 2]
+    return p50, p50 * own[min(len(own) - 1, int(0.95 * len(own)))] / own[len(own) // 2]
+
+
 def latency_p50_ms(path: Path, *, batch: int, threads: int = 1, warmup: int = 10, seconds: float = 0.3) -> float:
     """Median latency of one ONNX file in this process, in ms; a quick look for searches, not for reports.
 

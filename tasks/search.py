@@ -1,7 +1,7 @@
 """Stage 5: students on a front of accuracy against latency measured through the runtime that ships."""
 
+import json
 import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,26 +10,50 @@ from torch import nn
 
 from compression.augment import AnyAugment
 from compression.checkpoint import load_checkpoint
-from compression.data import open_dataset
+from compression.data import open_dataset, with_pool
 from compression.distill import DistillConfig, distill
+from compression.distill.procedures import Training
 from compression.metrics import evaluate
 from compression.search import AnySearch
+from compression.search.candidate import OnEpoch
 from compression.search.study import run_study
-from compression.search.trials import TrialResult
+from compression.search.trials import Latency, Score, TrialResult
 from compression.teacher_outputs import StoredOutputs
+from compression.train import TrainConfig
 from export.onnx_graph import to_onnx
-from export.timing import latency_p50_ms
+from export.timing import latency_beside, latency_p50_ms
 from tasks import tracking
+from tasks.settings import settings
 from tasks.stage import StageOutput, StageResult, Work, stage
 from tasks.teachers import TRAINING_CODE
 
 
-def probe_latency(model: nn.Module, input_shape: tuple[int, int, int], *, batch: int) -> float:
-    """p50 in milliseconds of the candidate's float32 ONNX file in ONNX Runtime, one thread."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "candidate.onnx"
-        to_onnx(model, path, input_shape=input_shape, metadata={}, fast=True)
-        return latency_p50_ms(path, batch=batch)
+class Clock:
+    """Times candidates beside the best teacher, so that a slow spell of a shared machine does not tell against them.
+
+    Milliseconds are shares of the teacher's p50, which is measured once: those of one study can be compared.
+    """
+
+    def __init__(self, reference: nn.Module, input_shape: tuple[int, int, int], *, batch: int, folder: Path) -> None:
+        self.input_shape, self.batch, self.folder = input_shape, batch, folder
+        folder.mkdir(parents=True, exist_ok=True)
+        self.reference = folder / "reference.onnx"
+        to_onnx(reference, self.reference, input_shape=input_shape, metadata={}, fast=True)
+        kept = folder / f"reference-{batch}.json"
+        if not kept.exists():
+            found = latency_p50_ms(self.reference, batch=batch)
+            draft = kept.with_suffix(".part")
+            draft.write_text(json.dumps(found))
+            draft.replace(kept)
+        self.reference_ms = float(json.loads(kept.read_text()))
+
+    def __call__(self, model: nn.Module) -> Latency:
+        """Latency of the model's float32 ONNX file in ONNX Runtime, one thread."""
+        path = self.folder / "candidate.onnx"
+        to_onnx(model, path, input_shape=self.input_shape, metadata={}, fast=True)
+        p50, p95 = latency_beside(path, self.reference, batch=self.batch)
+        path.unlink()
+        return Latency(p50 * self.reference_ms, p95 * self.reference_ms)
 
 
 @stage(
@@ -52,13 +76,13 @@ def search(
     machine: str,
     seed: int,
 ) -> StageOutput:
-    """Try pruned and scaled students; keep every trial, and the finalists as they were before training."""
+    """Try students of all spaces; keep every trial, and the finalists as they were before training."""
     dataset = open_dataset(work.open(data))
     parents = {teacher: load_checkpoint(work.open(result)) for teacher, result in teachers.items()}
     stored = [StoredOutputs.open(work.open(result)) for result in panel.values()]
     short = distillation.plain(config.train)
 
-    def train_trial(model: nn.Module, number: int, checkpoints: Path) -> float:
+    def train_trial(model: nn.Module, number: int, checkpoints: Path, on_epoch: OnEpoch) -> Score:
         torch.manual_seed(seed)
         distill(
             model,
@@ -68,29 +92,48 @@ def search(
             seed=seed,
             augment=augment,
             checkpoint_dir=checkpoints,
+            on_epoch=lambda row: on_epoch(float(row["validation_accuracy"])),
             on_step=lambda done, total: work.report(f"trial {number + 1}", done, total),
         )
-        return evaluate(model, dataset.validation, dataset.preprocessing).accuracy
+        found = evaluate(model, dataset.validation, dataset.preprocessing)
+        return Score(found.accuracy, found.ece)
+
+    def start_training(model: nn.Module, train: TrainConfig, checkpoints: Path) -> Training:
+        return Training(
+            student=model,
+            panel=stored,
+            teachers=(),
+            dataset=with_pool(dataset),
+            config=distillation.plain(train),
+            seed=seed,
+            augment=augment,
+            checkpoint_dir=checkpoints,
+            on_step=lambda done, total: work.report(f"training {checkpoints.name}", done, total),
+        )
 
     done: list[TrialResult] = []
 
     def on_trial(row: TrialResult) -> None:
         done.append(row)
-        finished = sum(each.state in ("complete", "failed") for each in done)
+        finished = sum(each.state in ("complete", "failed", "stopped") for each in done)
         work.report("searching students", finished, config.trials)
-        measured = ("accuracy", "latency_p50_ms", "size_bytes", "macs", "params", "seconds")
+        measured = ("accuracy", "ece", "latency_p50_ms", "latency_p95_ms", "latency_predicted_ms", "size_bytes")
+        measured += ("macs", "params", "score", "seconds", "cpu_seconds")
         metrics = {key: float(getattr(row, key)) for key in measured if getattr(row, key) is not None}
         facts = {"space": row.space, **row.choices, "state": row.state, "reason": row.reason}
         tracking.log_candidate(work.run, f"trial-{row.number}", params=facts, metrics=metrics)
 
+    clock = Clock(parents[best_teacher][0], dataset.input_shape, batch=config.batch, folder=work.scratch / "clock")
+    database = settings().study_storage
     result = run_study(
         config,
         parents=parents,
         dataset=dataset,
         seed=seed,
-        latency_ms=lambda model: probe_latency(model, dataset.input_shape, batch=config.batch),
+        latency=clock,
         train_trial=train_trial,
-        storage=work.scratch / "study.db",
+        start_training=start_training,
+        storage=database if database is not None else work.scratch / "study.db",
         folder=work.scratch / "candidates",
         best_teacher=best_teacher,
         on_trial=on_trial,
@@ -99,7 +142,8 @@ def search(
         for place, folder in enumerate(result.finalists):
             shutil.copytree(folder, draft.folder / "finalists" / str(place))
         shutil.copyfile(work.scratch / "candidates" / "trials.csv", draft.folder / "trials.csv")
-        shutil.copyfile(work.scratch / "study.db", draft.folder / "study.db")
+        if database is None:
+            shutil.copyfile(work.scratch / "study.db", draft.folder / "study.db")
     work.run.log_file(work.store.place(draft.done()) / "trials.csv", "search")
     finalists = [f"{trial.space} {trial.choices}" for trial in result.chosen]
     return StageOutput(

@@ -33,6 +33,9 @@ class Settings(BaseSettings):
     """MLflow experiment that holds all runs."""
     threads: int = Field(default=0, ge=0)
     """Threads for training; 0 takes every core."""
+    study_storage: str | None = None
+    """URL of a database whose search studies several workers share, say ``postgresql+psycopg://user@host/name``; a
+    password belongs into its password file. Default: an SQLite file for each search."""
     min_free_mib: int = Field(default=512, ge=0)
     """Refuse to start with less free disk than this under ``home``."""
 

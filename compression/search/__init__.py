@@ -1,13 +1,10 @@
 """Search: candidate students from teachers and zoo families, judged by accuracy and measured latency."""
 
-from compression.search.prune import Prune
-from compression.search.scale import Scale
+from compression.search.samplers import AnySampler
+from compression.search.spaces import AnySpace, Design, Prune, Scale
 from compression.search.study import Study
-
-AnySpace = Prune | Scale
-"""What a study draws candidates from."""
 
 AnySearch = Study
 """What a recipe's search stage may be."""
 
-__all__ = ["AnySearch", "AnySpace", "Prune", "Scale", "Study"]
+__all__ = ["AnySampler", "AnySearch", "AnySpace", "Design", "Prune", "Scale", "Study"]

@@ -1,4 +1,4 @@
-"""One candidate of a study: built, checked against the budgets, measured, kept, trained."""
+"""One candidate of a study: built, checked against the budgets, measured, filtered, kept, trained."""
 
 import hashlib
 import logging
@@ -10,61 +10,51 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from compression import profile
 from compression.checkpoint import save_checkpoint
-from compression.data.dataset import Dataset
 from compression.errors import ArtifactError, CompressionError
 from compression.models import ModelSpec
-from compression.search.ledger import Genes, Proposal
-from compression.search.prune import Prune, prune_model
-from compression.search.scale import Scale, scale_model
-from compression.search.trials import TrialResult
+from compression.search.filters import Filter
+from compression.search.hopeless import Hopeless
+from compression.search.ledger import Proposal
+from compression.search.space import Space, Workshop
+from compression.search.trials import Latency, Score, TrialResult
 
 logger = logging.getLogger(__name__)
 
-TrainTrial = Callable[[nn.Module, int, Path], float]
-"""Trains in place: (model, trial number, folder for step checkpoints) -> validation accuracy, 0..1."""
+OnEpoch = Callable[[float], None]
+"""Gets the validation accuracy after each epoch of a trial; may end it by an exception that must pass through."""
+
+TrainTrial = Callable[[nn.Module, int, Path, OnEpoch], Score]
+"""Trains in place: (model, trial number, folder for step checkpoints, on_epoch) -> how good it is."""
+
+MeasureLatency = Callable[[nn.Module], Latency]
+"""Times one call of the candidate in the runtime that ships."""
 
 
 @dataclass(frozen=True)
 class Candidates:
     """How proposals of one study become networks, and the budgets they must keep."""
 
-    spaces: dict[str, Prune | Scale]
-    parents: Mapping[str, tuple[nn.Module, ModelSpec]]
-    dataset: Dataset
-    seed: int
-    calibration: tuple[Tensor, Tensor] | None = None
-    """Normalised images and labels, for criteria that need them."""
+    spaces: Mapping[str, Space]
+    shop: Workshop
+    latency: MeasureLatency
+    train: TrainTrial
+    folder: Path
+    """Gets a folder for each trained candidate."""
+    look: Filter | None = None
+    hopeless: Hopeless | None = None
     max_macs: int | None = None
     max_size_bytes: float | None = None
     max_latency_ms: float | None = None
+    measured: bool = True
+    """Whether latency is measured; else it is the model's prediction."""
 
     def build(self, proposal: Proposal) -> tuple[nn.Module, ModelSpec]:
         """The untrained (or only pruned) candidate, eval mode, and its spec."""
-        space = self.spaces[proposal.space]
-        if isinstance(space, Prune):
-            parent, spec = self.parents[space.parent]
-            return prune_model(
-                parent,
-                spec,
-                ratio=float(proposal.choices["ratio"]),
-                criterion=space.criterion,
-                round_to=space.round_to,
-                calibration=self.calibration,
-                seed=self.seed,
-            )
-        template = ModelSpec(
-            model=space.base,
-            num_classes=self.dataset.num_classes,
-            input_shape=self.dataset.input_shape,
-            class_names=self.dataset.class_names,
-            preprocessing=self.dataset.preprocessing,
-        )
-        width, depth = float(proposal.choices["width"]), int(proposal.choices["depth"])
-        return scale_model(space, template, width=width, depth=depth, seed=self.seed)
+        return self.spaces[proposal.space].build(proposal.choices, self.shop)
 
     def excess(self, row: TrialResult) -> tuple[str, float] | None:
         """The first budget ``row`` exceeds: the reason, and by what share; None when it is within all."""
@@ -78,49 +68,39 @@ class Candidates:
         return None
 
 
-def labels_of(spaces: Sequence[Prune | Scale]) -> dict[str, Prune | Scale]:
+def labels_of(spaces: Sequence[Space]) -> dict[str, Space]:
     """The spaces under short names that tell them apart: ``prune-resnet-taylor``, ``scale-plain_cnn-2``."""
-    named: dict[str, Prune | Scale] = {}
+    named: dict[str, Space] = {}
     for space in spaces:
-        name = f"prune-{space.parent}-{space.criterion}" if isinstance(space, Prune) else f"scale-{space.base.kind}"
-        label, count = name, 1
+        label, count = space.label, 1
         while label in named:
             count += 1
-            label = f"{name}-{count}"
+            label = f"{space.label}-{count}"
         named[label] = space
     return named
 
 
-def genes_of(space: Prune | Scale) -> Genes:
-    """What may be chosen in a space."""
-    if isinstance(space, Prune):
-        return {"ratio": space.ratios}
-    return {"width": space.widths, "depth": space.depths}
+def attempt(proposal: Proposal, candidates: Candidates, rows: Sequence[TrialResult]) -> TrialResult:
+    """The outcome of one proposal.
 
-
-def attempt(
-    proposal: Proposal,
-    candidates: Candidates,
-    rows: Sequence[TrialResult],
-    latency_ms: Callable[[nn.Module], float],
-    train_trial: TrainTrial,
-    folder: Path,
-) -> tuple[TrialResult, float | None]:
-    """The outcome of one proposal, and by what share it exceeds a budget (None when it does not).
-
-    Budgets and duplicates are checked before training; ``folder/trial-NNNN`` holds the candidate as it was
+    Budgets, duplicates and the filter come before training; ``folder/trial-NNNN`` holds the candidate as it was
     before, so that a later training without teachers is a clean control of one with them.
     A failure is an outcome too, except that of the store: the trial must then run again.
 
     Raises:
         ArtifactError, OSError: the store cannot be used.
     """
-    started = time.perf_counter()
+    started, cpu_started = time.perf_counter(), time.process_time()
     row = TrialResult(proposal.number, proposal.space, proposal.choices, "failed")
-    key = proposal.key
+    curve: list[float] = []
+
+    def ended(**changes: object) -> TrialResult:
+        spent = {"seconds": time.perf_counter() - started, "cpu_seconds": time.process_time() - cpu_started}
+        return replace(row, **(spent | {"curve": tuple(curve)} | changes))
+
     for other in rows:
-        if Proposal(other.number, other.space, other.choices).key == key:
-            return replace(row, state="duplicate", reason=f"same choices as trial {other.number}"), None
+        if Proposal(other.number, other.space, other.choices).key == proposal.key:
+            return replace(row, state="duplicate", reason=f"same choices as trial {other.number}")
     try:
         model, spec = candidates.build(proposal)
         row = replace(
@@ -132,31 +112,67 @@ def attempt(
         )
         for other in rows:
             if other.digest == row.digest:
-                reason = f"same architecture and weights as trial {other.number}"
-                return replace(row, state="duplicate", reason=reason), None
+                return ended(state="duplicate", reason=f"same architecture and weights as trial {other.number}")
         over = candidates.excess(row)
         if over is None:
-            row = replace(row, latency_p50_ms=checked_latency(latency_ms(model)))
+            row = _timed(row, model, spec, candidates)
             over = candidates.excess(row)
         if over is not None:
             reason, excess = over
-            return replace(row, state="infeasible", reason=reason), excess
+            return ended(state="infeasible", reason=reason, excess=excess)
+        row, passes = _looked_at(row, model, spec, candidates, rows)
+        if not passes:
+            return ended(state="filtered", reason=f"score {row.score:.6g} is low among those so far")
         name = f"trial-{proposal.number:04d}"
-        scratch = folder / "training" / name
-        save_checkpoint(model, spec, folder / name)
-        accuracy = _checked_accuracy(train_trial(model, proposal.number, scratch))
+        scratch = candidates.folder / "training" / name
+        save_checkpoint(model, spec, candidates.folder / name)
+
+        def on_epoch(accuracy: float) -> None:
+            curve.append(accuracy)
+            if candidates.hopeless is not None:
+                candidates.hopeless.check(curve, row, rows)
+
+        try:
+            score = candidates.train(model, proposal.number, scratch, on_epoch)
+        except Hopeless.Stop as stop:
+            shutil.rmtree(scratch, ignore_errors=True)
+            return ended(state="stopped", reason=str(stop), checkpoint=candidates.folder / name)
         shutil.rmtree(scratch, ignore_errors=True)
-        seconds = time.perf_counter() - started
-        row = replace(row, state="complete", accuracy=accuracy, seconds=seconds, checkpoint=folder / name)
+        row = ended(
+            state="complete", accuracy=checked_share(score.accuracy), ece=score.ece, checkpoint=candidates.folder / name
+        )
     except ArtifactError:
         raise
     except Exception as error:
         if isinstance(error, OSError) and not isinstance(error, TimeoutError):
             raise
         logger.warning("trial %d (%s %s) failed", proposal.number, proposal.space, proposal.choices, exc_info=True)
-        reason = f"{type(error).__name__}: {error}"
-        row = replace(row, state="failed", reason=reason, seconds=time.perf_counter() - started)
-    return row, None
+        row = ended(state="failed", reason=f"{type(error).__name__}: {error}")
+    return row
+
+
+def _timed(row: TrialResult, model: nn.Module, spec: ModelSpec, candidates: Candidates) -> TrialResult:
+    """The row with the latency predicted, where there is a model, and measured, where that is wanted."""
+    predictor = candidates.shop.latency
+    if predictor is not None:
+        row = replace(row, latency_predicted_ms=checked_latency(predictor.predict_ms(model, spec.input_shape)))
+        if not candidates.measured:
+            return replace(row, latency_p50_ms=row.latency_predicted_ms)
+    found = candidates.latency(model)
+    return replace(row, latency_p50_ms=checked_latency(found.p50), latency_p95_ms=found.p95)
+
+
+def _looked_at(
+    row: TrialResult, model: nn.Module, spec: ModelSpec, candidates: Candidates, rows: Sequence[TrialResult]
+) -> tuple[TrialResult, bool]:
+    """The row with the filter's score, and whether the candidate is to be trained."""
+    if candidates.look is None:
+        return row, True
+    score = candidates.look.score(model, spec, row, rows, candidates.shop)
+    if score is None or not math.isfinite(score):
+        return row, True
+    earlier = [other.score for other in rows if other.score is not None]
+    return replace(row, score=score), candidates.look.passes(score, earlier)
 
 
 def checked_latency(latency: float) -> float:
@@ -168,7 +184,7 @@ def checked_latency(latency: float) -> float:
     return float(latency)
 
 
-def _checked_accuracy(accuracy: float) -> float:
+def checked_share(accuracy: float) -> float:
     """``accuracy``; raises CompressionError when it is not a share."""
     if not 0.0 <= accuracy <= 1.0:
         raise CompressionError(

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import Literal
 
-from compression.search.trials import TrialResult
+from compression.search.trials import OBJECTIVES, Objective, TrialResult
 
 Prefer = Literal["accuracy", "knee", "latency"]
 
@@ -14,17 +14,23 @@ def dominates(left: Sequence[float], right: Sequence[float]) -> bool:
     return all(a <= b for a, b in zip(left, right, strict=True)) and tuple(left) != tuple(right)
 
 
-def pareto_front(trials: Sequence[TrialResult]) -> tuple[TrialResult, ...]:
+def pareto_front(
+    trials: Sequence[TrialResult], objectives: Sequence[Objective] = OBJECTIVES
+) -> tuple[TrialResult, ...]:
     """The complete trials no other one dominates, fastest first."""
-    complete = [trial for trial in trials if trial.state == "complete"]
-    kept = [trial for trial in complete if not any(dominates(other.objectives, trial.objectives) for other in complete)]
-    return tuple(sorted(kept, key=lambda trial: (trial.objectives[1], trial.objectives[0], trial.number)))
+    points = {trial.number: trial.values(objectives) for trial in trials if trial.state == "complete"}
+    kept = [
+        trial
+        for trial in trials
+        if trial.number in points and not any(dominates(other, points[trial.number]) for other in points.values())
+    ]
+    return tuple(sorted(kept, key=lambda trial: (trial.latency_p50_ms or 0.0, -(trial.accuracy or 0.0), trial.number)))
 
 
-def hypervolume(points: Sequence[tuple[float, float, float]], reference: tuple[float, float, float]) -> float:
+def hypervolume(points: Sequence[Sequence[float]], reference: Sequence[float]) -> float:
     """Volume dominated by ``points`` within the box from 0 to ``reference``, as a share of it, 0..1.
 
-    All three coordinates are minimised and not negative; points outside the box add nothing. Comparable
+    All coordinates are minimised and not negative; points outside the box add nothing. Comparable
     between studies that use the same reference.
     """
     if min(reference) <= 0:
@@ -34,41 +40,41 @@ def hypervolume(points: Sequence[tuple[float, float, float]], reference: tuple[f
         for point in points
         if all(value < limit for value, limit in zip(point, reference, strict=True))
     ]
-    inside.sort(key=lambda point: point[2])
+    return _volume(inside)
+
+
+def _volume(points: Sequence[Sequence[float]]) -> float:
+    """Volume dominated by the points within the unit box, by slices along the last coordinate."""
+    if not points:
+        return 0.0
+    if len(points[0]) == 1:
+        return 1.0 - min(point[0] for point in points)
+    ordered = sorted(points, key=lambda point: point[-1])
     volume = 0.0
-    for i, point in enumerate(inside):
-        above = inside[i + 1][2] if i + 1 < len(inside) else 1.0
-        volume += _area([(p[0], p[1]) for p in inside[: i + 1]]) * (above - point[2])
+    for number, point in enumerate(ordered):
+        above = ordered[number + 1][-1] if number + 1 < len(ordered) else 1.0
+        if above > point[-1]:
+            volume += _volume([other[:-1] for other in ordered[: number + 1]]) * (above - point[-1])
     return volume
 
 
-def _area(points: Sequence[tuple[float, float]]) -> float:
-    """Area dominated by the points within the unit square."""
-    area, lowest = 0.0, 1.0
-    for x, y in sorted(points):
-        if y < lowest:
-            area += (1.0 - x) * (lowest - y)
-            lowest = y
-    return area
-
-
-def knee(trials: Sequence[TrialResult]) -> TrialResult | None:
+def knee(trials: Sequence[TrialResult], objectives: Sequence[Objective] = OBJECTIVES) -> TrialResult | None:
     """The front's best compromise: nearest to the ideal corner, each objective scaled to 0..1 over the front.
 
     None when nothing is complete; ties go to the more accurate, then to the earlier trial.
     """
-    front = pareto_front(trials)
+    front = pareto_front(trials, objectives)
     if not front:
         return None
-    columns = list(zip(*(trial.objectives for trial in front), strict=True))
+    columns = list(zip(*(trial.values(objectives) for trial in front), strict=True))
     lows = [min(column) for column in columns]
     spans = [(max(column) - min(column)) or 1.0 for column in columns]
 
     def distance(trial: TrialResult) -> float:
-        scaled = zip(trial.objectives, lows, spans, strict=True)
+        scaled = zip(trial.values(objectives), lows, spans, strict=True)
         return math.hypot(*((value - low) / span for value, low, span in scaled))
 
-    return min(front, key=lambda trial: (round(distance(trial), 12), trial.objectives[0], trial.number))
+    return min(front, key=lambda trial: (round(distance(trial), 12), -(trial.accuracy or 0.0), trial.number))
 
 
 def choose_finalists(
@@ -78,6 +84,7 @@ def choose_finalists(
     prefer: Prefer = "accuracy",
     max_latency_ms: float | None = None,
     max_size_bytes: int | None = None,
+    objectives: Sequence[Objective] = OBJECTIVES,
 ) -> tuple[TrialResult, ...]:
     """Up to ``count`` complete trials within budget, in the order they deserve a full distillation.
 
@@ -100,11 +107,11 @@ def choose_finalists(
     def rank(trial: TrialResult) -> tuple[float, float, int]:
         return (trial.objectives[first], trial.objectives[second], trial.number)
 
-    front = pareto_front(within)
+    front = pareto_front(within, objectives)
     on_front = {trial.number for trial in front}
     ranked = sorted(front, key=rank)
     rest = sorted((trial for trial in within if trial.number not in on_front), key=rank)
-    compromise = knee(within)
+    compromise = knee(within, objectives)
     assert compromise is not None
     if prefer == "knee":
         ranked.remove(compromise)

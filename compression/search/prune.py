@@ -19,8 +19,8 @@ from compression.card import MethodCard
 from compression.errors import CompressionError, ShapeError
 from compression.models import ModelSpec, build_model, diff_edits
 from compression.search.criteria import Criterion, ScoreFn, check_criterion, criterion_named
+from compression.search.space import Choices, Genes, Space, Workshop
 from compression.search.units import Units, units_of
-from compression.types import Frozen
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ _BREAKAGE = (ArithmeticError, AttributeError, LookupError, RuntimeError, ShapeEr
 Ratio = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
-class Prune(Frozen):
+class Prune(Space):
     """Pruned copies of one teacher: every ratio is a candidate student that starts from its weights."""
 
     kind: Literal["prune"] = "prune"
@@ -58,6 +58,26 @@ class Prune(Frozen):
     @classmethod
     def _ascending(cls, ratios: tuple[float, ...]) -> tuple[float, ...]:
         return tuple(sorted(set(ratios)))
+
+    @property
+    def label(self) -> str:
+        return f"prune-{self.parent}-{self.criterion}"
+
+    def genes(self, shop: Workshop) -> Genes:
+        shop.parent(self.parent)
+        return {"ratio": self.ratios}
+
+    def build(self, choices: Choices, shop: Workshop) -> tuple[nn.Module, ModelSpec]:
+        parent, spec = shop.parent(self.parent)
+        return prune_model(
+            parent,
+            spec,
+            ratio=float(choices["ratio"]),
+            criterion=self.criterion,
+            round_to=self.round_to,
+            calibration=shop.calibration() if self.criterion == "taylor" else None,
+            seed=shop.seed,
+        )
 
 
 @dataclass(frozen=True)

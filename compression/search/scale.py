@@ -8,7 +8,7 @@ from torch import nn
 
 from compression.card import MethodCard
 from compression.models import ModelSpec, build_model
-from compression.types import Frozen
+from compression.search.space import Choices, Genes, Space, Workshop
 from compression.zoo.depthwise_cnn import DepthwiseCnn
 from compression.zoo.group import Group
 from compression.zoo.plain_cnn import PlainCnn
@@ -18,7 +18,7 @@ Width = Annotated[float, Field(gt=0.0, le=4.0)]
 Depth = Annotated[int, Field(ge=-8, le=8)]
 
 
-class Scale(Frozen):
+class Scale(Space):
     """Every width multiplier with every depth change of one hand-made network is a candidate student."""
 
     kind: Literal["scale"] = "scale"
@@ -51,6 +51,18 @@ class Scale(Frozen):
     def _ascending_depths(cls, depths: tuple[int, ...]) -> tuple[int, ...]:
         return tuple(sorted(set(depths)))
 
+    @property
+    def label(self) -> str:
+        return f"scale-{self.base.kind}"
+
+    def genes(self, shop: Workshop) -> Genes:
+        del shop
+        return {"width": self.widths, "depth": self.depths}
+
+    def build(self, choices: Choices, shop: Workshop) -> tuple[nn.Module, ModelSpec]:
+        width, depth = float(choices["width"]), int(choices["depth"])
+        return scale_model(self, shop.template(), width=width, depth=depth, seed=shop.seed)
+
 
 def scale_model(
     space: Scale, template: ModelSpec, *, width: float, depth: int, seed: int
@@ -60,7 +72,11 @@ def scale_model(
     Classes, input shape and preprocessing are those of ``template``; weights depend on ``seed`` alone.
     """
     model_config = space.base.scaled(width=width, depth_delta=depth, round_to=space.round_to)
-    spec = template.model_copy(update={"model": model_config, "edits": ()})
+    return fresh_model(template.model_copy(update={"model": model_config, "edits": ()}), seed)
+
+
+def fresh_model(spec: ModelSpec, seed: int) -> tuple[nn.Module, ModelSpec]:
+    """The network of ``spec`` in eval mode with weights that depend on ``seed`` alone, and the spec."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = build_model(spec)

@@ -21,9 +21,10 @@ from compression.data.dataset import Dataset, Split
 from compression.errors import ArtifactError, CompressionError
 from compression.models import ModelSpec, build_model
 from compression.search import Prune, Scale, Study
-from compression.search.candidate import digest_of
+from compression.search.candidate import OnEpoch, digest_of
+from compression.search.samplers import Nsga2, RandomSearch, Tpe
 from compression.search.study import run_study
-from compression.search.trials import COLUMNS, TrialResult
+from compression.search.trials import COLUMNS, Latency, Score, TrialResult
 from compression.train import TrainConfig
 from compression.types import Preprocessing
 from compression.zoo import PlainCnn
@@ -71,9 +72,13 @@ def config_of(**changes) -> Study:
 
 
 def latency_ms(model: nn.Module) -> float:
+    return profile.params(model) / 1e4
+
+
+def latency(model: nn.Module) -> Latency:
     """A deterministic stand-in for a clock: more parameters, more time."""
     assert not model.training
-    return profile.params(model) / 1e4
+    return Latency(latency_ms(model), 1.5 * latency_ms(model))
 
 
 class Trainer:
@@ -82,14 +87,16 @@ class Trainer:
     def __init__(self) -> None:
         self.calls: list[tuple[int, int]] = []
 
-    def __call__(self, model: nn.Module, number: int, folder: Path) -> float:
+    def __call__(self, model: nn.Module, number: int, folder: Path, on_epoch: OnEpoch) -> Score:
         self.calls.append((number, profile.params(model)))
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "step.pt").write_bytes(b"x")
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(0.01)
-        return 1.0 - 1.0 / np.log(profile.params(model))
+        accuracy = 1.0 - 1.0 / np.log(profile.params(model))
+        on_epoch(accuracy)
+        return Score(accuracy, ece=0.1 - accuracy / 100)
 
 
 def search(tmp_path: Path, config: Study | None = None, *, train=None, **changes):
@@ -97,7 +104,7 @@ def search(tmp_path: Path, config: Study | None = None, *, train=None, **changes
         "parents": {"teacher": teacher_of()},
         "dataset": dataset_of(),
         "seed": 0,
-        "latency_ms": latency_ms,
+        "latency": latency,
         "train_trial": train or Trainer(),
         "storage": tmp_path / "study.db",
         "folder": tmp_path / "trials",
@@ -155,10 +162,10 @@ def test_first_trials_are_the_middle_and_the_extremes_of_each_space(tmp_path):
     ]
 
 
-@pytest.mark.parametrize("sampler", ["nsga2", "tpe"])
+@pytest.mark.parametrize("sampler", [Nsga2(population=2), Tpe(warm_up_trials=2), RandomSearch()])
 def test_equal_seeds_search_alike_and_exhaust_small_spaces_once(tmp_path, sampler):
     spaces = (Prune(parent="teacher", ratios=(0.25, 0.5)), Scale(base=BASE, widths=(0.5, 1.0, 2.0)))
-    config = config_of(spaces=spaces, trials=50, sampler=sampler, population=2)
+    config = config_of(spaces=spaces, trials=50, sampler=sampler)
     first = search(tmp_path / "a", config)
     second = search(tmp_path / "b", config)
     assert outline(first) == outline(second)
@@ -219,10 +226,10 @@ def test_criteria_compete_although_they_give_one_architecture(tmp_path):
 def test_a_failing_candidate_is_a_row_and_the_others_go_on(tmp_path):
     trainer = Trainer()
 
-    def fragile(model: nn.Module, number: int, folder: Path) -> float:
+    def fragile(model: nn.Module, number: int, folder: Path, on_epoch: OnEpoch) -> Score:
         if number == 1:
             raise CompressionError("loss is nan")
-        return float("nan") if number == 2 else trainer(model, number, folder)
+        return Score(float("nan")) if number == 2 else trainer(model, number, folder, on_epoch)
 
     result = search(tmp_path, train=fragile)
     assert [trial.state for trial in result.trials[:3]] == ["complete", "failed", "failed"]
@@ -233,7 +240,7 @@ def test_a_failing_candidate_is_a_row_and_the_others_go_on(tmp_path):
 
 
 def test_an_unusable_store_is_raised_and_the_trial_runs_again(tmp_path):
-    def full(_model: nn.Module, _number: int, _folder: Path) -> float:
+    def full(_model: nn.Module, _number: int, _folder: Path, _on_epoch: OnEpoch) -> Score:
         raise ArtifactError("store is full")
 
     with pytest.raises(ArtifactError):
@@ -278,20 +285,20 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 sys.path.insert(0, {here!r})
-from test_study import SCALE, Trainer, config_of, search
+from test_study import SCALE, Nsga2, Trainer, config_of, search
 
 root = Path(sys.argv[1])
 train = Trainer()
 
-def traced(model, number, folder):
+def traced(model, number, folder, on_epoch):
     with (root / "calls").open("a") as file:
         file.write(f"{{number}}\\n")
     if number == 2 and not (root / "hung").exists():
         (root / "hung").touch()
         time.sleep(120)
-    return train(model, number, folder)
+    return train(model, number, folder, on_epoch)
 
-search(root, config_of(spaces=(SCALE,), trials=5, population=2), train=traced)
+search(root, config_of(spaces=(SCALE,), trials=5, sampler=Nsga2(population=2)), train=traced)
 """
 
 
@@ -320,17 +327,17 @@ def test_killed_in_a_trial_it_repeats_that_one_only_and_ends_the_same(tmp_path):
     after = rows_of(tmp_path)
     assert [row["seconds"] for row in after[:2]] == [row["seconds"] for row in before], "finished trials stay"
 
-    uninterrupted = search(tmp_path / "other", config_of(spaces=(SCALE,), trials=5, population=2))
+    uninterrupted = search(tmp_path / "other", config_of(spaces=(SCALE,), trials=5, sampler=Nsga2(population=2)))
     assert [(row["space"], json.loads(row["choices"]), row["state"]) for row in after] == [
         (trial.space, trial.choices, trial.state) for trial in uninterrupted.trials
     ]
 
 
 def test_one_process_at_a_time(tmp_path):
-    def nested(_model: nn.Module, _number: int, _folder: Path) -> float:
+    def nested(_model: nn.Module, _number: int, _folder: Path, _on_epoch: OnEpoch) -> Score:
         with pytest.raises(CompressionError, match="another process"):
             search(tmp_path, config_of(trials=1))
-        return 0.5
+        return Score(0.5)
 
     search(tmp_path, config_of(trials=1), train=nested)
 
