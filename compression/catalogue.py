@@ -15,10 +15,11 @@ def catalogue() -> dict[str, list[type[Frozen]]]:
     from compression.distill.samplers import AnySampler
     from compression.distill.teachers import AnyCombination
     from compression.quantize import AnyQuantizer
+    from compression.search import AnyFilter, AnyPriors, AnySearch, AnySpace
     from compression.search import AnySampler as AnyProposer
-    from compression.search import AnySearch, AnySpace
     from compression.search.criteria import AnyCriterion
     from compression.select import AnySelector
+    from compression.sparsify import AnySparsifier
     from compression.teachers import AnySource
 
     return {
@@ -27,6 +28,8 @@ def catalogue() -> dict[str, list[type[Frozen]]]:
         "searchers": members(AnySearch),
         "spaces": members(AnySpace),
         "proposers": members(AnyProposer),
+        "filters": members(AnyFilter),
+        "priors": members(AnyPriors),
         "criteria": members(AnyCriterion),
         "combinations": members(AnyCombination),
         "losses": members(AnyLoss),
@@ -34,6 +37,7 @@ def catalogue() -> dict[str, list[type[Frozen]]]:
         "procedures": members(AnyProcedure),
         "mergers": members(AnyMerge),
         "augmenters": [*members(AnyAugment), *members(AnyOnline)],
+        "sparsifiers": members(AnySparsifier),
         "quantizers": members(AnyQuantizer),
     }
 

@@ -1,8 +1,9 @@
 """Structural edits: what pruning did to a network, as data, and how to do it again.
 
-An edit names a submodule or a parameter of the network its spec builds and gives its new size. Replaying the
-edits yields a network with the pruned shapes; its weights come from the checkpoint. Only modules, parameters
-and plain numbers that already exist can be edited, so a spec from elsewhere cannot add behaviour.
+An edit names a submodule or a parameter of the network its spec builds and gives its new size, or leaves the
+submodule out. Replaying the edits yields a network with the pruned shapes; its weights come from the checkpoint. Only
+modules, parameters and plain numbers that already exist can be edited, and a module that is left out becomes an
+identity, so a spec from elsewhere cannot add behaviour.
 """
 
 from collections.abc import Iterator, Sequence
@@ -55,7 +56,15 @@ class SetAttributes(Frozen):
     """Attribute name to value; only attributes that exist and already hold a number can be set."""
 
 
-AnyEdit = ResizeModule | ReshapeParameter | SetAttributes
+class SkipModule(Frozen):
+    """A submodule is left out: an identity takes its place, and its input is its output."""
+
+    kind: Literal["skip"] = "skip"
+    module: Annotated[str, Field(min_length=1)]
+    """Dotted name of the submodule; later edits find nothing below it."""
+
+
+AnyEdit = ResizeModule | ReshapeParameter | SetAttributes | SkipModule
 
 
 def apply_edits(model: nn.Module, edits: Sequence[AnyEdit]) -> None:
@@ -71,29 +80,53 @@ def apply_edits(model: nn.Module, edits: Sequence[AnyEdit]) -> None:
             _resize(_submodule(model, edit.module), edit)
         elif isinstance(edit, ReshapeParameter):
             _reshape(model, edit)
+        elif isinstance(edit, SkipModule):
+            _skip(model, edit)
         else:
             _set_attributes(_submodule(model, edit.module), edit)
 
 
 def diff_edits(original: nn.Module, pruned: nn.Module) -> tuple[AnyEdit, ...]:
-    """The edits that give ``original`` the structure of ``pruned``; empty when they already agree.
+    """The edits that give ``original`` the structure of ``pruned``, skips first; empty when they already agree.
 
     Raises:
-        ShapeError: The two differ in more than sizes and numbers (a module was added, removed or replaced).
+        ShapeError: The two differ in more than sizes, numbers and modules that became an identity (a module was
+            added, removed or replaced).
     """
-    before = dict(original.named_modules())
-    after = dict(pruned.named_modules())
-    for name in before.keys() | after.keys():
-        old, new = before.get(name), after.get(name)
-        if type(old) is not type(new):
-            raise ShapeError(
-                f"Module '{name}' has type {_type_name(new)}, expected {_type_name(old)} as in the network "
-                "the spec builds. Edits describe sizes only; give a network of changed layers its own spec."
-            )
-    edits: list[AnyEdit] = []
+    # Under every name: a module two places share must still be found where only the first of them was left out.
+    before = dict(original.named_modules(remove_duplicate=False))
+    after = dict(pruned.named_modules(remove_duplicate=False))
+    skipped: list[str] = []
     for name, old in before.items():
-        edits.extend(_module_edits(name, old, after[name]))
+        if not _below(name, skipped) and _was_skipped(name, old, after.get(name)):
+            skipped.append(name)
+    # What is below a skipped module is gone from both.
+    before = {name: module for name, module in before.items() if not _below(name, skipped)}
+    for name in before | after:
+        old, new = before.get(name), after.get(name)
+        if type(old) is not type(new) and name not in skipped:
+            raise ShapeError(
+                f"Module '{name}' has type {_type_name(new)}, expected {_type_name(old)} as in the network the spec "
+                "builds. Edits describe sizes and modules left out; give a network of changed layers its own spec."
+            )
+    edits: list[AnyEdit] = [SkipModule(module=name) for name in skipped]
+    seen: set[nn.Module] = set()
+    for name, old in before.items():
+        if name not in skipped and old not in seen:
+            seen.add(old)
+            edits.extend(_module_edits(name, old, after[name]))
     return tuple(edits)
+
+
+def _was_skipped(name: str, old: nn.Module, new: nn.Module | None) -> bool:
+    """Whether a module of the network, not the network itself, became a bare identity."""
+    if not name or new is None or type(new) is not nn.Identity or type(old) is nn.Identity:
+        return False
+    return not new._modules and not list(_own_tensors(new))
+
+
+def _below(name: str, skipped: Sequence[str]) -> bool:
+    return any(name.startswith(f"{other}.") for other in skipped)
 
 
 def _module_edits(name: str, old: nn.Module, new: nn.Module) -> Iterator[AnyEdit]:
@@ -204,6 +237,12 @@ def _put(module: nn.Module, name: str, tensor: Tensor) -> None:
         module._parameters[name] = nn.Parameter(tensor, requires_grad=parameter.requires_grad)
     else:
         module._buffers[name] = tensor
+
+
+def _skip(model: nn.Module, edit: SkipModule) -> None:
+    old = _submodule(model, edit.module)
+    path, _, name = edit.module.rpartition(".")
+    _submodule(model, path)._modules[name] = nn.Identity().train(old.training)
 
 
 def _set_attributes(module: nn.Module, edit: SetAttributes) -> None:

@@ -59,6 +59,8 @@ COLUMNS: tuple[Column, ...] = (
     Column("params", "params", "trainable numbers", "count"),
     Column("macs", "MACs", "multiply-accumulates for one image", "count", main=True),
     Column("nonzero_share", "non-zero", "share of weights that are not zero", "share"),
+    Column("tensorrt_sparse_layers", "2:4 layers", "weights TensorRT may read with sparse kernels", "count"),
+    Column("compressed_bytes", "weights packed", "bytes of the weights if 2:4 ones were packed; arithmetic", "bytes"),
     Column("precision", "precision", "number format of the file", main=True),
     Column("size_bytes", "size", "size of the file that ships", "bytes", main=True),
     Column("peak_rss_bytes", "peak memory", "peak resident memory of a fresh process", "bytes"),

@@ -23,6 +23,9 @@ from typing import Any
 MIN_SAMPLES = 120
 """Fewest timed calls of one model at one batch size, whatever the rounds: p99 needs a tail to look at."""
 
+CALLS_BESIDE = 7
+"""Fewest calls in a round when two files are compared for a search."""
+
 RAW_COLUMNS = ("batch", "round", "order", "model", "ms")
 
 
@@ -124,9 +127,9 @@ def calls_per_round(call: Callable[[], object], *, warmup: int, inner_ms: float,
     return max(math.ceil(MIN_SAMPLES / rounds), int(inner_ms / max(per_call_ms, 1e-6)))
 
 
-def time_calls(call: Callable[[], object], count: int) -> list[float]:
-    """Duration of each of ``count`` calls, in ms."""
-    clock, durations = time.perf_counter_ns, []
+def time_calls(call: Callable[[], object], count: int, clock: Callable[[], int] = time.perf_counter_ns) -> list[float]:
+    """Duration of each of ``count`` calls, in ms by ``clock``, which counts nanoseconds."""
+    durations = []
     for _ in range(count):
         started = clock()
         call()
@@ -188,24 +191,27 @@ def latency_beside(
 ) -> tuple[float, float]:
     """p50 and p95 of one ONNX file in this process as shares of the p50 of another; a quick look for searches.
 
-    The two run in turn, ``inner_ms`` each and round by round, so that a slow spell of the machine hits both; the p50 is
-    the median over rounds of the ratio of their medians. Reports use ``export.benchmark``.
+    The two run in turn, at least ``CALLS_BESIDE`` calls each and round by round; the p50 is the median over rounds of
+    the ratio of their medians. One thread is timed by its own CPU clock: on a machine that is busy with other work a
+    long call is interrupted more often than a short one, and a clock on the wall would take that for slowness.
+    Reports use ``export.benchmark``.
     """
+    clock = time.thread_time_ns if threads == 1 else time.perf_counter_ns
     runs, counts = [], []
     for each in (path, reference):
         session = open_session(each, threads=threads)
         feed = feed_of(session, batch, seed=0)
         call: Callable[[], object] = lambda session=session, feed=feed: session.run(None, feed)  # noqa: E731
         runs.append(call)
-        counts.append(calls_per_round(call, warmup=warmup, inner_ms=inner_ms, rounds=10 * rounds))
-    ratios, own, other = [], [], []
+        fitting = calls_per_round(call, warmup=warmup, inner_ms=inner_ms, rounds=MIN_SAMPLES)
+        counts.append(max(CALLS_BESIDE, fitting))
+    ratios, own = [], []
     for turn in range(rounds):
         order = (0, 1) if turn % 2 == 0 else (1, 0)
-        times = {place: sorted(time_calls(runs[place], counts[place])) for place in order}
+        times = {place: sorted(time_calls(runs[place], counts[place], clock)) for place in order}
         medians = {place: found[len(found) // 2] for place, found in times.items()}
         ratios.append(medians[0] / medians[1])
         own += times[0]
-        other.append(medians[1])
     own.sort()
     p50 = sorted(ratios)[rounds // 2]
     return p50, p50 * own[min(len(own) - 1, int(0.95 * len(own)))] / own[len(own) // 2]
@@ -214,12 +220,14 @@ def latency_beside(
 def latency_p50_ms(path: Path, *, batch: int, threads: int = 1, warmup: int = 10, seconds: float = 0.3) -> float:
     """Median latency of one ONNX file in this process, in ms; a quick look for searches, not for reports.
 
-    Only comparable with other values taken in the same few minutes; reports use ``export.benchmark``.
+    One thread is timed by its own CPU clock, so that other work on the machine does not count. Only comparable with
+    other values taken in the same few minutes; reports use ``export.benchmark``.
     """
     session = open_session(path, threads=threads)
     feed = feed_of(session, batch, seed=0)
     count = calls_per_round(lambda: session.run(None, feed), warmup=warmup, inner_ms=seconds * 1e3, rounds=12)
-    durations = sorted(time_calls(lambda: session.run(None, feed), count))
+    clock = time.thread_time_ns if threads == 1 else time.perf_counter_ns
+    durations = sorted(time_calls(lambda: session.run(None, feed), count, clock))
     return durations[len(durations) // 2]
 
 

@@ -41,6 +41,7 @@ from tasks.quantize import quantize_student  # noqa: E402
 from tasks.run_folder import read_rows, save_summary, write_run_folder  # noqa: E402
 from tasks.search import search  # noqa: E402
 from tasks.settings import settings  # noqa: E402
+from tasks.sparsify import sparsify_student  # noqa: E402
 from tasks.stage import DirectRunner, PlanRunner, StageIndex, StageResult, use_runner  # noqa: E402
 from tasks.teachers import make_teacher, select_teachers, store_outputs  # noqa: E402
 
@@ -67,7 +68,7 @@ class Outcome:
 
 
 STAGES = (
-    *("data", "teacher", "teacher_outputs", "select", "search", "distill", "quantize"),
+    *("data", "teacher", "teacher_outputs", "select", "search", "distill", "sparsify", "quantize"),
     *("export", "engine", "evaluate", "benchmark", "gate", "register"),
 )
 """Stage names in order, as ``restart_from`` takes them."""
@@ -210,9 +211,22 @@ def _finish_student(recipe: Recipe, outcome: Outcome, name: str, finalist: int, 
             files={str(path): file_digest(path) for path in config.files if taught_by},
         )
 
-    student = trained(name, panel)
-    outcome.students[name] = student
     files = outcome.files
+    student = trained(name, panel)
+    if recipe.sparsify is not None:
+        outcome.controls[f"{name}-dense"] = student
+        files[f"{name}-dense.float32"] = graph(f"{name}-dense.float32", "float32", student)
+        student = sparsify_student(
+            name=name,
+            config=recipe.sparsify,
+            distillation=config,
+            student=student,
+            panel=panel,
+            data=data,
+            augment=augment,
+            seed=seed,
+        )
+    outcome.students[name] = student
     files[f"{name}.float32"] = graph(f"{name}.float32", "float32", student)
     if config.control:
         control = trained(f"{name}-control", {})

@@ -18,7 +18,8 @@ from compression.types import Frozen
 STAGES = {
     "distill": ("losses", "combinations", "samplers", "procedures", "mergers", "augmenters"),
     "select": ("sources", "selectors"),
-    "search": ("searchers", "spaces", "proposers", "criteria"),
+    "search": ("searchers", "spaces", "proposers", "filters", "priors", "criteria"),
+    "sparsify": ("sparsifiers",),
     "quantize": ("quantizers",),
 }
 """Stage of a recipe -> the kinds it can name, in the order in which a method is looked for."""

@@ -16,6 +16,7 @@ from compression.errors import RecipeError
 from compression.quantize import AnyQuantizer
 from compression.search import AnySearch
 from compression.select import SelectConfig
+from compression.sparsify import AnySparsifier
 from compression.teachers import Teacher
 from compression.types import Frozen, Slug
 from compression.zoo import Group
@@ -42,6 +43,8 @@ class Recipe(Frozen):
     search: AnySearch
     """Which students are tried."""
     distill: DistillConfig
+    sparsify: AnySparsifier | None = None
+    """Zeros in the distilled student's weights, kept by what follows; the dense student stays as a control."""
     quantize: AnyQuantizer | None = None
     """Quantization-aware fine-tuning; required by targets with precision int8."""
     targets: tuple[AnyTarget, ...] = Field(min_length=1)

@@ -20,6 +20,7 @@ from export.engine_trt import build_engine
 from export.onnx_graph import to_onnx
 from export.ptq import quantize_static
 from export.qdq import WeightForm, check_symmetric, to_u8_activations
+from export.sparsity import sparsity_of
 from export.targets import TensorRtRtxTarget, TensorRtTarget
 from tasks.artifacts import file_digest
 from tasks.stage import StageOutput, StageResult, Work, stage
@@ -30,9 +31,11 @@ logger = logging.getLogger(__name__)
 GRAPH_CODE = (
     *MODEL_CODE,
     "compression.quantize",
-    *("export.onnx_graph", "export.graph_editor", "export.qdq", "export.ptq", "export.runtime"),
+    *("export.onnx_graph", "export.graph_editor", "export.qdq", "export.ptq", "export.runtime", "export.sparsity"),
 )
 GRAPH_LIBRARIES = ("torch", "torchao", "onnx", "onnxscript", "onnxruntime-gpu")
+SPARSE_FROM = 0.1
+"""Share of zeros from which on a file is called sparse: rounding to INT8 makes a few by itself."""
 Form = Literal["float32", "float16", "int8", "int8-ptq", "int8-symmetric"]
 
 
@@ -44,6 +47,18 @@ def graph_metadata(spec: ModelSpec, lineage: dict[str, str]) -> dict[str, str]:
         "input_shape": json.dumps(list(spec.input_shape)),
         "lineage": json.dumps(lineage, sort_keys=True),
         "producer": "stillhouse",
+    }
+
+
+def sparse_facts(path: Path) -> dict[str, float]:
+    """What is worth saying about the zeros in a file's weights; nothing of a dense one."""
+    found = sparsity_of(path)
+    if found.share_of_zeros < SPARSE_FROM:
+        return {}
+    return {
+        "nonzero_share": 1.0 - found.share_of_zeros,
+        "tensorrt_sparse_layers": float(found.tensorrt_eligible),
+        "compressed_bytes": float(found.compressed_bytes),
     }
 
 
@@ -95,7 +110,7 @@ def export_graph(
     size = draft.done().size_bytes
     return StageOutput(
         artifact=draft.done(),
-        metrics={"size_bytes": float(size)},
+        metrics={"size_bytes": float(size), **sparse_facts(work.store.place(draft.done()) / "model.onnx")},
         info={"form": form, "opset": info.opset, "nodes": info.nodes, "sha256": info.sha256},
     )
 

@@ -17,7 +17,7 @@ from tasks.teachers import TRAINING_CODE
 
 @stage(
     "quantize",
-    code=(*TRAINING_CODE, "compression.distill", "compression.quantize"),
+    code=(*TRAINING_CODE, "compression.distill", "compression.quantize", "compression.sparsify.nm"),
     libraries=("torch", "torchao"),
     tags=("training",),
 )

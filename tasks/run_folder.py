@@ -49,6 +49,10 @@ class OutcomeLike(Protocol):
     registered: StageResult | None
 
 
+SPARSE_FACTS = ("nonzero_share", "tensorrt_sparse_layers", "compressed_bytes")
+"""Of files whose weights have many zeros."""
+
+
 def write_run_folder(
     recipe: Mapping[str, Any],
     recipe_yaml: str,
@@ -142,7 +146,7 @@ def comparison_rows(
             if form == "float32"
             else f"{base}.float32",
             "control": control,
-            "stages": _stages(role, form),
+            "stages": _stages(role, form, sparse="sparsity" in model.metrics, dense=base.endswith("-dense")),
             "recipe": recipe["name"],
             "teachers": ", ".join(model.info.get("panel", [])) or None,
             "seed": recipe["seed"],
@@ -152,6 +156,7 @@ def comparison_rows(
             "macs": model.metrics.get("macs"),
             "precision": form.removesuffix("-ptq").removesuffix("-symmetric"),
             "size_bytes": result.metrics["size_bytes"],
+            **{key: result.metrics[key] for key in SPARSE_FACTS if key in result.metrics},
             "runtime": f"onnxruntime {timing.environment.get('onnxruntime', '')}".strip(),
             "provider": "CPU",
             "isa": isa or None,
@@ -211,8 +216,9 @@ def _origin(base: str, outcome: OutcomeLike) -> tuple[str, StageResult, float]:
     return "teacher", result, result.seconds
 
 
-def _stages(role: str, form: str) -> str:
+def _stages(role: str, form: str, *, sparse: bool, dense: bool) -> str:
     made = {"teacher": ["train"], "student": ["search", "distil"], "control": ["search", "train"]}[role]
+    made = ["search", "distil"] if dense else [*made, "sparsify"] if sparse else made
     extra = {"int8": ["qat", "export"], "int8-symmetric": ["qat", "export"], "int8-ptq": ["ptq"]}.get(form, ["export"])
     return " > ".join([*made, *extra])
 

@@ -15,8 +15,10 @@ from compression.distill import DistillConfig, distill
 from compression.distill.procedures import Training
 from compression.metrics import evaluate
 from compression.search import AnySearch
-from compression.search.candidate import OnEpoch
+from compression.search.bank import PastTrial, past_trials, read_bank, task_of, write_bank
+from compression.search.candidate import OnEpoch, labels_of
 from compression.search.study import run_study
+from compression.search.task_embedding import data_hash, embedding_of
 from compression.search.trials import Latency, Score, TrialResult
 from compression.teacher_outputs import StoredOutputs
 from compression.train import TrainConfig
@@ -26,6 +28,22 @@ from tasks import tracking
 from tasks.settings import settings
 from tasks.stage import StageOutput, StageResult, Work, stage
 from tasks.teachers import TRAINING_CODE
+
+
+KEPT_OF_SHOP = ("n2n/policy.safetensors", "predictor.json")
+"""What samplers and filters learned, kept with the trials."""
+
+
+def trials_folder() -> Path:
+    """Where the trials of all finished studies are, for those to come."""
+    return settings().home_dir / "trials"
+
+
+def past_at_start(kept: Path) -> list[PastTrial]:
+    """Trials of earlier studies, as they were when this one began: one that goes on after a kill sees no others."""
+    if not kept.exists():
+        write_bank(kept, read_bank(trials_folder().glob("*.jsonl")))
+    return read_bank([kept])
 
 
 class Clock:
@@ -123,6 +141,12 @@ def search(
         facts = {"space": row.space, **row.choices, "state": row.state, "reason": row.reason}
         tracking.log_candidate(work.run, f"trial-{row.number}", params=facts, metrics=metrics)
 
+    predictor = None
+    if config.wants_latency_model:
+        predictor = latency_model_for(
+            dataset.input_shape, batch=config.batch, folder=settings().home_dir / "latency", report=work.report
+        )
+    past = past_at_start(work.scratch / "past.jsonl") if config.wants_past else []
     clock = Clock(parents[best_teacher][0], dataset.input_shape, batch=config.batch, folder=work.scratch / "clock")
     database = settings().study_storage
     result = run_study(
@@ -136,12 +160,30 @@ def search(
         storage=database if database is not None else work.scratch / "study.db",
         folder=work.scratch / "candidates",
         best_teacher=best_teacher,
+        latency_model=predictor,
+        past=past,
         on_trial=on_trial,
     )
+    shop = work.scratch / "candidates" / "shop"
+    bank = past_trials(
+        result.trials,
+        task=task_of(dataset, embedding_of(dataset, seed=seed, folder=trials_folder() / data_hash(dataset))),
+        study=result.fingerprint,
+        objectives=config.objectives,
+        kinds={label: str(space.model_dump()["kind"]) for label, space in labels_of(config.spaces).items()},
+        train=config.train,
+        teacher_accuracy=teachers[best_teacher].metrics.get("accuracy"),
+    )
+    write_bank(trials_folder() / f"{result.fingerprint}.jsonl", bank)
     with work.store.put("search") as draft:
         for place, folder in enumerate(result.finalists):
             shutil.copytree(folder, draft.folder / "finalists" / str(place))
         shutil.copyfile(work.scratch / "candidates" / "trials.csv", draft.folder / "trials.csv")
+        write_bank(draft.folder / "bank.jsonl", bank)
+        for kept in KEPT_OF_SHOP:
+            if (shop / kept).is_file():
+                (draft.folder / kept).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(shop / kept, draft.folder / kept)
         if database is None:
             shutil.copyfile(work.scratch / "study.db", draft.folder / "study.db")
     work.run.log_file(work.store.place(draft.done()) / "trials.csv", "search")

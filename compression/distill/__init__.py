@@ -4,6 +4,7 @@ from compression.distill.config import DistillConfig
 from compression.distill.losses import (
     Aggregated,
     AnyLoss,
+    Auxiliary,
     BdKd,
     ClassRelation,
     CrossEntropy,
@@ -61,6 +62,7 @@ __all__ = [
     "AnyOnline",
     "AnyProcedure",
     "AnySampler",
+    "Auxiliary",
     "BdKd",
     "ClassRelation",
     "ClassSubset",

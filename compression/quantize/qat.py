@@ -26,6 +26,7 @@ from compression.quantize.prepared import (
     prepare_qat,
     save_prepared,
 )
+from compression.sparsify.nm import apply_masks, masks_of_zeros
 from compression.train import History, StepFn, TrainConfig, fit
 from compression.types import Frozen
 
@@ -81,6 +82,7 @@ def qat(
 ) -> tuple[FakeQuantized, History]:
     """The fine-tuned fake-quantized model, in eval mode, and its learning curve; the student stays as it is.
 
+    Sparse weights keep their zeros, which rounding keeps too; see :func:`compression.sparsify.nm.masks_of_zeros`.
     Resumes from ``checkpoint_dir`` like any training: ranges and the freeze are part of the state.
 
     Args:
@@ -109,9 +111,11 @@ def qat(
         averaging=config.averaging,
         weight_bits=config.weight_bits,
     )
+    zeros = masks_of_zeros(student)  # the captured graph has the student's names
 
     def freeze_then_report(done: int, total: int) -> None:
-        # Before the step's checkpoint is written, so that a resumed training is frozen too.
+        # Before the step's checkpoint is written, so that a resumed training is sparse and frozen too.
+        apply_masks(prepared.body, zeros)
         if done < total and done >= round(total * (1 - config.freeze_share)) and not prepared.frozen:
             prepared.freeze()
         if on_step is not None:

@@ -25,6 +25,8 @@ MOST_CANDIDATES_LISTED = 100_000
 """Spaces larger than this are sampled where smaller ones are gone through."""
 MOST_INTERRUPTIONS = 3
 """A trial during which the process ended so often has failed: it probably takes the process down with it."""
+OPENINGS = 5
+"""How often a shared database is tried that another worker is just setting up."""
 HEARTBEAT_SECONDS = 30
 GRACE_SECONDS = 120
 """A worker that gives no sign for so long is taken for dead, and its trial runs again."""
@@ -70,8 +72,9 @@ class Ledger:
             CompressionError: the file holds a study of other spaces, data, parents or seed, or the database does not
                 answer.
         """
-        import optuna
+        from optuna.exceptions import StorageInternalError as StorageError
         from sqlalchemy import URL
+        from sqlalchemy.exc import IntegrityError, ProgrammingError
 
         logging.getLogger("optuna").setLevel(logging.WARNING)
         self._spaces = spaces
@@ -88,24 +91,15 @@ class Ledger:
             name, options = STUDY_NAME, {"connect_args": {"timeout": 60}}
         else:
             url, name, options = storage, f"{STUDY_NAME}-{fingerprint}", {"pool_pre_ping": True}
-        with warnings_of_optuna():
+        for tries_left in reversed(range(OPENINGS)):
             try:
-                self._storage = optuna.storages.RDBStorage(
-                    url,
-                    engine_kwargs=options,
-                    heartbeat_interval=HEARTBEAT_SECONDS if self.shared else None,
-                    grace_period=GRACE_SECONDS if self.shared else None,
-                    heartbeat_stale_trial_callback=optuna.storages.RetryHeartbeatStaleTrialCallback(
-                        max_retry=MOST_INTERRUPTIONS
-                    ),
-                )
-                self._study = optuna.create_study(
-                    study_name=name,
-                    storage=self._storage,
-                    directions=["maximize" if each == "accuracy" else "minimize" for each in self._objectives],
-                    load_if_exists=True,
-                )
+                with warnings_of_optuna():
+                    self._storage, self._study = _opened_study(url, name, options, self._objectives, self.shared)
+                break
             except Exception as error:
+                if tries_left and self.shared and isinstance(error, IntegrityError | ProgrammingError | StorageError):
+                    wait(1.0)  # another worker is making the tables at this moment
+                    continue
                 where = f"'{storage}'" if isinstance(storage, Path) else "database of the setting study_storage"
                 raise CompressionError(
                     f"Study {where} cannot be opened ({type(error).__name__}: {str(error).splitlines()[0]}), expected "
@@ -288,6 +282,28 @@ class Ledger:
         return _Scripted(lambda: self._whole(*self._sampler.propose(drawn)), optuna)
 
 
+def _opened_study(
+    url: str, name: str, options: Mapping[str, Any], objectives: Sequence[Objective], shared: bool
+) -> tuple[Any, Any]:
+    """Storage and study, made where they are not there yet."""
+    import optuna
+
+    storage = optuna.storages.RDBStorage(
+        url,
+        engine_kwargs=dict(options),
+        heartbeat_interval=HEARTBEAT_SECONDS if shared else None,
+        grace_period=GRACE_SECONDS if shared else None,
+        heartbeat_stale_trial_callback=optuna.storages.RetryHeartbeatStaleTrialCallback(max_retry=MOST_INTERRUPTIONS),
+    )
+    study = optuna.create_study(
+        study_name=name,
+        storage=storage,
+        directions=["maximize" if each == "accuracy" else "minimize" for each in objectives],
+        load_if_exists=True,
+    )
+    return storage, study
+
+
 def _Scripted(params: Callable[[], dict[str, Any]], optuna: Any) -> Any:  # noqa: N802
     """A sampler that proposes what ``params`` says; asked once, and only when nothing is enqueued."""
 
@@ -320,6 +336,7 @@ def warnings_of_optuna() -> Iterator[None]:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        warnings.filterwarnings("ignore", "Heartbeat of storage", UserWarning)  # ``alive`` gives the sign of life
         yield
 
 

@@ -160,6 +160,16 @@ class Space(Frozen):
         """The teacher whose weights or structure candidates start from; None when there is none."""
         return getattr(self, "parent", None)
 
+    @property
+    def trains_while_building(self) -> bool:
+        """Whether ``build`` costs a training the first time."""
+        return False
+
+    @property
+    def wants_latency_model(self) -> bool:
+        """Whether ``build`` asks ``shop.latency``."""
+        return False
+
     @abstractmethod
     def genes(self, shop: Workshop) -> Genes:
         """What may be chosen; must be quick.

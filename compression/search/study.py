@@ -117,7 +117,7 @@ class Study(Frozen):
     @property
     def wants_latency_model(self) -> bool:
         """Whether the latency model of this machine is of use."""
-        return self.latency == "predicted" or any(getattr(space, "wants_latency_model", False) for space in self.spaces)
+        return self.latency == "predicted" or any(space.wants_latency_model for space in self.spaces)
 
     @property
     def wants_past(self) -> bool:
@@ -138,6 +138,8 @@ class StudyResult:
     knee: TrialResult
     hypervolume: float
     """Share of the box (accuracy 1, the best teacher's latency and size) that the front dominates, 0..1."""
+    fingerprint: str
+    """Equal for studies of equal settings, data, parents and seed."""
 
     @property
     def finalists(self) -> tuple[Path, ...]:
@@ -178,13 +180,14 @@ def run_study(
     max_macs = _check(config, shop)
     genes = {label: space.genes(shop) for label, space in spaces.items()}
     prior = None if config.priors is None else config.priors.look(genes, spaces, shop)
+    fingerprint = _fingerprint(config, parents, dataset, seed, best_teacher)
     with opened(
         storage,
         genes,
         sampler=config.sampler,
         objectives=config.objectives,
         seed=seed,
-        fingerprint=_fingerprint(config, parents, dataset, seed, best_teacher),
+        fingerprint=fingerprint,
     ) as ledger:
         reference = _reference(ledger, shop, latency)
         candidates = Candidates(
@@ -219,7 +222,7 @@ def run_study(
             ledger.revive()
             wait(POLL_SECONDS)
         rows = ledger.rows(folder)
-    return _result(config, rows, reference, candidates)
+    return _result(config, rows, reference, candidates, fingerprint)
 
 
 def _carried_out(
@@ -251,6 +254,9 @@ def _check(config: Study, shop: Workshop) -> int | None:
             "Search has latency 'predicted' and no latency model, expected one. Pass latency_model, or set latency to "
             "measured."
         )
+    config.sampler.check(labels_of(config.spaces), shop)
+    if config.filter is not None:
+        config.filter.check(shop)
     if config.max_macs_share is not None:
         limits.append(math.floor(config.max_macs_share * shop.teacher_macs()))
     return min(limits, default=None)
@@ -329,7 +335,11 @@ def _marked(rows: Sequence[TrialResult], config: Study) -> list[TrialResult]:
 
 
 def _result(
-    config: Study, rows: Sequence[TrialResult], reference: Mapping[str, float] | None, candidates: Candidates
+    config: Study,
+    rows: Sequence[TrialResult],
+    reference: Mapping[str, float] | None,
+    candidates: Candidates,
+    fingerprint: str,
 ) -> StudyResult:
     rows = _timed_finalists(config, list(rows), candidates)
     folder = candidates.folder
@@ -347,7 +357,7 @@ def _result(
         else (reference[name] if reference is not None else max(point[place] for point in points) * 1.1)
         for place, name in enumerate(config.objectives)
     ]  # without a teacher to compare with: the worst of the front, a little widened
-    return StudyResult(tuple(rows), front, chosen, compromise, hypervolume(points, corner))
+    return StudyResult(tuple(rows), front, chosen, compromise, hypervolume(points, corner), fingerprint)
 
 
 def _timed_finalists(config: Study, rows: list[TrialResult], candidates: Candidates) -> list[TrialResult]:

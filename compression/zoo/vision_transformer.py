@@ -1,8 +1,11 @@
 """Small vision transformer (Dosovitskiy et al. 2020, arXiv:2010.11929): mean-pooled, convolutional stem.
 
-B batch, N tokens, D width.
+Blocks may drop the tokens that matter least (Jiang et al. 2025, EET, arXiv:2504.16691).
+
+B batch, N tokens, D width, H heads, K tokens kept.
 """
 
+from itertools import pairwise
 from typing import Literal, Self
 
 import torch
@@ -10,6 +13,7 @@ from pydantic import PositiveInt, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from compression.errors import ShapeError
 from compression.zoo.token_mixer import TokenMixer
 from compression.zoo.tokens import Tokens
 
@@ -20,6 +24,8 @@ class VisionTransformer(TokenMixer):
     kind: Literal["vision_transformer"] = "vision_transformer"
     num_heads: PositiveInt = 4
     """Attention heads; they share ``width`` evenly."""
+    keep_tokens: tuple[PositiveInt, ...] = ()
+    """How many tokens are left after each block, one number a block, never more than before; empty keeps all."""
 
     @model_validator(mode="after")
     def _heads_divide_width(self) -> Self:
@@ -30,8 +36,27 @@ class VisionTransformer(TokenMixer):
             )
         return self
 
+    @model_validator(mode="after")
+    def _one_count_a_block(self) -> Self:
+        counts = self.keep_tokens
+        if counts and len(counts) != self.depth:
+            raise ValueError(
+                f"keep_tokens has {len(counts)} numbers, expected {self.depth}, one for each block. Give one a block, "
+                "or none."
+            )
+        if any(after > before for before, after in pairwise(counts)):
+            raise ValueError(
+                f"keep_tokens has {', '.join(map(str, counts))}, expected no number above the one before it. Tokens "
+                "that were dropped do not come back."
+            )
+        return self
+
     def build(self, num_classes: int, input_shape: tuple[int, int, int]) -> nn.Module:
-        """A randomly initialised network for images [B,C,H,W]; logits [B,num_classes]."""
+        """A randomly initialised network for images [B,C,H,W]; logits [B,num_classes].
+
+        Raises:
+            ShapeError: a block is to keep more tokens than the image has.
+        """
         return TransformerNet(self, num_classes, input_shape)
 
 
@@ -51,29 +76,78 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        batch, num_tokens, _ = x.shape
-        qkv = self.qkv(x).reshape(batch, num_tokens, 3, self.num_heads, self.head_dim)
-        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        query, key, value = self._heads(x)
         if self.fused_attn:
             mixed = F.scaled_dot_product_attention(query, key, value)
         else:
-            scores = (query * self.head_dim**-0.5) @ key.transpose(-2, -1)
-            mixed = scores.softmax(dim=-1) @ value
+            mixed = self._weights(query, key) @ value
+        return self._joined(mixed)
+
+    def scored(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The same output, spelt out, and the score of every token [B,N]; see :func:`token_scores`."""
+        query, key, value = self._heads(x)
+        weights = self._weights(query, key)
+        mixed = weights @ value
+        return self._joined(mixed), token_scores(weights, mixed)
+
+    def _heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Query, key and value, [B,H,N,D/H] each."""
+        batch, num_tokens, _ = x.shape
+        qkv = self.qkv(x).reshape(batch, num_tokens, 3, self.num_heads, self.head_dim)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        return query, key, value
+
+    def _weights(self, query: Tensor, key: Tensor) -> Tensor:
+        return ((query * self.head_dim**-0.5) @ key.transpose(-2, -1)).softmax(dim=-1)
+
+    def _joined(self, mixed: Tensor) -> Tensor:
+        batch, _, num_tokens, _ = mixed.shape
         return self.proj(mixed.transpose(1, 2).reshape(batch, num_tokens, self.num_heads * self.head_dim))
 
 
-class TransformerBlock(nn.Module):
-    """Attention, then an MLP, each on a normalised copy that is added back."""
+def token_scores(weights: Tensor, mixed: Tensor) -> Tensor:
+    """How much each token matters, float32 [B,N]: ``S_j = sum_h A_hj n_hj``.
 
-    def __init__(self, width: int, num_heads: int, hidden: int) -> None:
+    After Jiang et al. 2025 (EET, arXiv:2504.16691). There ``A_hj`` is the row of the class token; here, where tokens
+    are averaged and there is none, it is the attention token j receives in head h, mean over all queries. ``n_hj`` is
+    the share of head h in the norms of what attention gives token j; with equal norms S is the mean over heads of A.
+
+    Args:
+        weights: attention after the softmax, [B,H,N,N], queries first.
+        mixed: values so weighted, [B,H,N,D/H].
+    """
+    received = weights.float().mean(dim=2)
+    norms = mixed.float().norm(dim=-1)
+    return (received * (norms / norms.sum(dim=1, keepdim=True).clamp_min(1e-12))).sum(dim=1)
+
+
+def kept_tokens(x: Tensor, scores: Tensor, count: int) -> Tensor:
+    """The ``count`` tokens of [B,N,D] with the highest scores [B,N], in the order they had; [B,count,D]."""
+    kept = scores.topk(count, dim=1).indices.sort(dim=1).values
+    return x.gather(1, kept.unsqueeze(-1).expand(-1, -1, x.shape[2]))
+
+
+class TransformerBlock(nn.Module):
+    """Attention, then an MLP, each on a normalised copy that is added back; [B,N,D] -> [B,N,D], or [B,K,D].
+
+    ``keep_tokens`` is how many tokens leave the block, 0 for all: chosen by the attention inside it, dropped after it.
+    """
+
+    def __init__(self, width: int, num_heads: int, hidden: int, *, keep_tokens: int = 0) -> None:
         super().__init__()
+        self.keep_tokens = keep_tokens
         self.norm1 = nn.LayerNorm(width)
         self.attn = Attention(width, num_heads)
         self.norm2 = nn.LayerNorm(width)
         self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn(self.norm1(x))
+        if not self.keep_tokens:
+            x = x + self.attn(self.norm1(x))
+            return x + self.mlp(self.norm2(x))
+        attended, scores = self.attn.scored(self.norm1(x))
+        # The MLP looks at each token alone: what is dropped does not need it.
+        x = kept_tokens(x + attended, scores, self.keep_tokens)
         return x + self.mlp(self.norm2(x))
 
 
@@ -88,10 +162,26 @@ class TransformerNet(nn.Module):
         )
         self.positions = nn.Parameter(torch.randn(1, self.tokens.num_tokens, width) * 0.02)
         hidden = round(width * config.mlp_ratio)
-        self.blocks = nn.Sequential(*(TransformerBlock(width, config.num_heads, hidden) for _ in range(config.depth)))
+        self.blocks = nn.Sequential(
+            *(
+                TransformerBlock(width, config.num_heads, hidden, keep_tokens=count)
+                for count in _drops(config, self.tokens.num_tokens)
+            )
+        )
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
         x = self.blocks(self.tokens(images) + self.positions)
         return self.head(self.norm(x).mean(1))
+
+
+def _drops(config: VisionTransformer, num_tokens: int) -> list[int]:
+    """For each block how many tokens it keeps, 0 where it keeps all it gets."""
+    counts = [num_tokens, *(config.keep_tokens or (num_tokens,) * config.depth)]
+    if counts[1] > num_tokens:
+        raise ShapeError(
+            f"Model 'vision_transformer' has keep_tokens {counts[1]} for an image of {num_tokens} tokens, expected at "
+            f"most {num_tokens}. Lower keep_tokens, or patch_size."
+        )
+    return [0 if after == before else after for before, after in pairwise(counts)]

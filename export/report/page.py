@@ -18,6 +18,7 @@ from export.report.tables import (
     lineage_rows,
     stage_state,
     table,
+    trials_in_words,
     used_columns,
 )
 
@@ -96,7 +97,7 @@ def contents(run: RunFolder) -> dict[str, Any]:
         "latency_failures": run.latency.failures if run.latency else {},
         "gains": marginal_gains(run.comparison),
         "front_table": table(front, used_columns(TRIALS, front)),
-        "num_trials": len(run.trials),
+        "trials_in_words": trials_in_words(run.trials),
         "calibration_table": table(calibrated, CALIBRATION),
         "selection": selection(run.selection),
         "environment": flat(run.env or (run.latency.environment if run.latency else {})),

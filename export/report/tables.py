@@ -46,6 +46,15 @@ def columns_of(rows: Sequence[Mapping[str, Any]]) -> list[Column]:
     return [BY_NAME.get(name) or guess(name) for name in names]
 
 
+def trials_in_words(trials: Sequence[Mapping[str, Any]]) -> str:
+    """How many proposals of a search came to what: ``12 proposals: 8 trained, 4 over a budget``; empty for none."""
+    if not trials:
+        return ""
+    counts = {words: sum(row.get("state") == state for row in trials) for state, words in STATES.items()}
+    proposals = "1 proposal" if len(trials) == 1 else f"{len(trials)} proposals"
+    return f"{proposals}: " + ", ".join(f"{count} {words}" for words, count in counts.items() if count)
+
+
 def lineage_rows(lineage: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """One row per stage entry, long hashes cut to twelve digits."""
 
@@ -103,9 +112,22 @@ TRIALS = (
     Column("choices", "choices", "what was chosen in that space"),
     BY_NAME["accuracy"],
     BY_NAME["latency_p50_ms"],
+    Column("latency_predicted_ms", "predicted ms", "what the latency model said", "number"),
+    BY_NAME["ece"],
     BY_NAME["macs"],
     BY_NAME["size_bytes"],
+    Column("score", "filter's score", "what was said before training; compare within a study", "number"),
 )
+
+STATES = {
+    "complete": "trained",
+    "stopped": "stopped early",
+    "filtered": "filtered before training",
+    "infeasible": "over a budget",
+    "duplicate": "seen before",
+    "failed": "failed",
+}
+"""State of a trial -> in words."""
 
 CALIBRATION = tuple(BY_NAME[name] for name in ("id", "ece", "nll", "brier"))
 

@@ -14,6 +14,9 @@ KINDS = [
     "selectors",
     "searchers",
     "spaces",
+    "proposers",
+    "filters",
+    "priors",
     "criteria",
     "combinations",
     "losses",
@@ -21,6 +24,7 @@ KINDS = [
     "procedures",
     "mergers",
     "augmenters",
+    "sparsifiers",
     "quantizers",
 ]
 

@@ -12,8 +12,8 @@ from compression import profile
 from compression.checkpoint import load_checkpoint, save_checkpoint
 from compression.errors import CompressionError
 from compression.models import ModelSpec, build_model
-from compression.search.prune import Prune, prune_model
-from compression.search.units import kept_units
+from compression.search.prune import Prune, prune_model, survey_of
+from compression.search.units import Coupled, Units, kept_counts, kept_units, ratio_levels, stages_of
 from compression.types import Preprocessing
 from compression.zoo import (
     DepthwiseCnn,
@@ -133,7 +133,7 @@ def test_ratio_zero_is_the_identity(parent):
     assert same_weights(same, model)
 
 
-@pytest.mark.parametrize("criterion", ["magnitude", "taylor", "random"])
+@pytest.mark.parametrize("criterion", ["magnitude", "taylor", "random", "hessian"])
 def test_one_seed_gives_one_result_and_leaves_the_parent_alone(parent, criterion):
     model, spec = parent
     before = {key: value.clone() for key, value in model.state_dict().items()}
@@ -251,6 +251,203 @@ def test_kept_units_are_some_and_a_multiple(units, ratio, step):
         assert abs(kept - units * (1 - ratio)) <= step
 
 
+# ---------------------------------------------------------------- global ranking
+
+
+def group_of(units: int, *, step: int = 1, channels: int = 1, name: str = "a", scores=None) -> Coupled:
+    members = torch.arange(units * channels).view(units, channels)
+    scores = torch.arange(1.0, units + 1) if scores is None else torch.tensor(scores)
+    return Coupled(name, prune_model, Units(members, step), scores)
+
+
+@st.composite
+def layers(draw) -> list[Coupled]:
+    found = []
+    for number in range(draw(st.integers(1, 4))):
+        units = draw(st.integers(1, 40))
+        scores = draw(st.lists(st.floats(0, 10, width=32), min_size=units, max_size=units))
+        step, channels = draw(st.sampled_from((1, 2, 4, 8))), draw(st.integers(1, 3))
+        found.append(group_of(units, step=step, channels=channels, name=str(number), scores=scores))
+    return found
+
+
+@given(groups=layers(), ratio=st.floats(0.01, 0.99), min_keep=st.floats(0, 0.9))
+def test_global_ranking_keeps_whole_steps_and_the_least_share(groups, ratio, min_keep):
+    kept = kept_counts(groups, ratio, ranking="global", min_keep=min_keep)
+    for group in groups:
+        count = kept[group.name]
+        assert count == group.count or count % group.units.step == 0
+        assert count >= min(group.count // group.units.step * group.units.step or group.count, min_keep * group.count)
+        assert count >= 1
+    tighter = kept_counts(groups, min(ratio + 0.2, 0.999), ranking="global", min_keep=min_keep)
+    assert all(tighter[name] <= count for name, count in kept.items())
+
+
+@given(groups=layers(), ranking=st.sampled_from(("per_layer", "global")))
+def test_levels_are_the_outcomes_there_are_from_whole_to_smallest(groups, ranking):
+    levels = ratio_levels(groups, ranking=ranking, min_keep=0.1)
+    assert levels == sorted(levels)
+    outcomes = [kept_counts(groups, level, ranking=ranking, min_keep=0.1) for level in levels]
+    assert outcomes[0] == {group.name: group.count for group in groups}
+    for before, after in zip(outcomes, outcomes[1:], strict=False):
+        assert before != after
+        for group in groups:
+            assert 0 <= before[group.name] - after[group.name] <= group.units.step
+    for ratio in torch.linspace(0.003, 0.997, 50).tolist():
+        assert kept_counts(groups, ratio, ranking=ranking, min_keep=0.1) in outcomes
+
+
+def test_global_ranking_divides_scores_by_the_mean_of_their_layer():
+    """Absolute sizes say nothing; a layer of a few large scores and many small ones loses most."""
+    even = group_of(8, name="even", scores=[1e-3] * 8)
+    uneven = group_of(8, name="uneven", scores=[1.0] * 6 + [1000.0] * 2)
+    assert kept_counts([even, uneven], 0.25, ranking="global") == {"even": 8, "uneven": 4}
+    assert kept_counts([even, uneven], 0.375, ranking="global", min_keep=0.5) == {"even": 6, "uneven": 4}
+    assert kept_counts([even, uneven], 0.25) == {"even": 6, "uneven": 6}
+
+
+def test_what_was_cut_before_counts():
+    now = group_of(24, step=8)
+    assert kept_counts([now], 0.5, whole={"a": 32}) == {"a": 16}
+    assert kept_counts([now], 0.25, whole={"a": 32}) == {"a": 24}
+    assert kept_counts([now], 0.5, ranking="global", whole={"a": 32}) == {"a": 16}
+    assert kept_counts([now], 0.1, ranking="global", whole={"a": 32}) == {"a": 24}
+    assert ratio_levels([now], ranking="global", whole={"a": 32}) == [0.0, 0.5, 0.75]
+
+
+def test_global_ranking_takes_from_layers_what_they_do_not_need(parent):
+    model, spec = parent
+    pruned, new_spec = prune_model(model, spec, ratio=0.5, ranking="global", min_keep=0.25)
+    survey, after = survey_of(model, spec).usable(), survey_of(pruned, new_spec)
+    left = {group.name: group for group in after.groups}
+    shares = {group.name: left[group.name].count / group.count for group in survey.groups}
+    assert all(share >= 0.25 for share in shares.values())
+    assert len({share for share in shares.values() if share < 1}) > 1, "the share differs by layer"
+    assert all(group.channels == left[group.name].channels for group in survey.groups)
+    can_go = [group for group in survey.groups if group.can_shrink]
+    total = sum(group.count * group.channels for group in can_go)
+    remaining = sum(left[group.name].count * group.channels for group in can_go)
+    assert abs(remaining - total / 2) <= 8
+    assert pruned(images_of()).shape == (4, CLASSES)
+
+
+# ---------------------------------------------------------------- parts of a network of tokens
+
+
+def test_a_transformer_loses_only_what_may_be_cut():
+    model, spec = parent_of(ZOO["transformer"])
+
+    def sizes(**parts: bool) -> tuple[int, int, int, int]:
+        names = tuple(part for part in ("heads", "mlp", "embedding") if parts.get(part))
+        net, _ = prune_model(model, spec, ratio=0.5, parts=names)
+        block = net.blocks[0]
+        return (
+            block.attn.num_heads,
+            block.mlp[0].out_features,
+            net.head.in_features,
+            net.tokens.layers[0][0].out_channels,
+        )
+
+    hidden = model.blocks[0].mlp[0].out_features
+    assert sizes(heads=True) == (2, hidden, 32, 16)
+    assert sizes(mlp=True) == (4, hidden // 2, 32, 16)
+    assert sizes(embedding=True) == (4, hidden, 16, 8)
+    assert sizes(heads=True, mlp=True, embedding=True) == (2, hidden // 2, 16, 8)
+    with pytest.raises(CompressionError, match="has only embedding, heads, mlp to cut, expected one of channels"):
+        prune_model(model, spec, ratio=0.5, parts=("channels",))
+
+
+def test_stages_are_resolutions_or_the_three_widths_of_tokens():
+    for name, expected in (
+        ("residual", {"channels"}),
+        ("transformer", {"heads", "mlp", "embedding"}),
+        ("mixer", {"mlp", "embedding"}),
+    ):
+        groups = {group.name: group for group in survey_of(*parent_of(ZOO[name])).usable().groups}
+        stages = stages_of(list(groups.values()))
+        assert {groups[each].part for each in stages} == expected
+        keys = {
+            (number, groups[each].area if name == "residual" else groups[each].part) for each, number in stages.items()
+        }
+        assert len(keys) == max(stages.values()) + 1, "a stage is one resolution, or one kind of width"
+    residual = survey_of(*parent_of(ZOO["residual"]))
+    assert {stages_of(residual.groups)[group.name]: group.area for group in residual.groups} == {0: 256, 1: 64}
+
+
+# ---------------------------------------------------------------- what cannot be traced
+
+
+class Shuffle(nn.Module):
+    """Mixes two halves of the channels."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        batch, channels, height, width = x.shape
+        return x.view(batch, 2, channels // 2, height, width).transpose(1, 2).reshape(x.shape)
+
+
+class Detached(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.detach()
+
+
+class Inner(nn.Module):
+    """A layer whose forward returns what the tracer cannot read, and the caller can."""
+
+    def __init__(self, broken: nn.Module) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(16, 16, 1)
+        self.broken = broken
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        found = self.broken(self.conv(x))
+        return found if isinstance(found, torch.Tensor) else found[0][0]
+
+
+class StrangeNorm(nn.BatchNorm2d):
+    """Counts as a batch norm and returns a list, which the tracer takes for a tensor."""
+
+    def forward(self, x: torch.Tensor) -> list[list[torch.Tensor]]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return [[super().forward(x)]]
+
+
+def strange(broken: nn.Module) -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        blocks = nn.ModuleList([Inner(nn.Identity()), Inner(broken)])
+        net = nn.Sequential(nn.Conv2d(1, 16, 3, 2), nn.Sequential(*blocks), nn.Flatten(), nn.Linear(16 * 49, CLASSES))
+    return net.eval()
+
+
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        (StrangeNorm(16), r"cannot follow in module '1\.1\.broken' of type StrangeNorm"),
+        (Shuffle(), r"cannot follow behind module '1\.1\.conv' \(a reshape gives"),
+    ],
+    ids=["output", "reshape"],
+)
+def test_what_the_tracer_cannot_follow_is_refused_by_the_name_of_the_module(broken, message):
+    with pytest.raises(CompressionError, match=message):
+        prune_model(strange(broken), spec_of(ZOO["plain"]), ratio=0.5)
+
+
+def test_a_network_without_gradients_is_refused_by_the_name_of_where_they_end():
+    net = nn.Sequential(nn.Conv2d(1, 16, 3, 2), nn.ReLU(), Detached(), nn.Flatten(), nn.Linear(16 * 49, CLASSES))
+    with pytest.raises(CompressionError, match="none can be ranked .no gradient passes module '2'"):
+        prune_model(net.eval(), spec_of(ZOO["plain"]), ratio=0.5)
+
+
+def test_layers_the_tracer_does_not_see_stay_and_are_named(caplog):
+    net = nn.Sequential(
+        *(nn.Conv2d(1, 16, 3, 2), Detached(), nn.Conv2d(16, 16, 3), nn.ReLU(), nn.Flatten()),
+        nn.Linear(16 * 25, CLASSES),
+    )
+    with caplog.at_level("WARNING", logger="compression.search.units"):
+        survey = survey_of(net.eval(), spec_of(ZOO["plain"]))
+    assert [group.name for group in survey.groups] == ["2"]
+    assert "the channels of 0 stay" in caplog.text
+
+
 def test_errors_name_the_value_and_the_way_out():
     model, spec = parent_of(ZOO["plain"])
     with pytest.raises(CompressionError, match=r"'1\.0'.*0 <= ratio < 1"):
@@ -267,7 +464,9 @@ def test_ratios_are_sorted_and_said_once():
 
 def test_a_network_the_tracer_cannot_follow_is_refused_by_name():
     model, spec = parent_of(TorchvisionModel(name="shufflenet_v2_x0_5"), (3, 32, 32))
-    with pytest.raises(CompressionError, match=r"'ShuffleNetV2' has operations the dependency tracer cannot"):
+    with pytest.raises(
+        CompressionError, match=r"'ShuffleNetV2' has operations the dependency tracer cannot follow in module 'stage2"
+    ):
         prune_model(model, spec, ratio=0.5)
 
 

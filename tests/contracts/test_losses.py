@@ -20,6 +20,7 @@ from compression.data.dataset import Dataset, Split
 from compression.distill import (
     Aggregated,
     AnyLoss,
+    Auxiliary,
     BdKd,
     ClassRelation,
     CrossEntropy,
@@ -108,6 +109,7 @@ CASES = [
     Case(SigmoidKd(self_paced=True), shift_invariant=False, teacher_order=False),
     Case(ClassRelation()),
     Case(MultiAspect(answers=ANSWERS)),
+    Case(Auxiliary()),
 ]
 
 BATCH, CLASSES, TEACHERS = 6, 5, 2

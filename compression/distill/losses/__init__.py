@@ -1,6 +1,7 @@
 """What the student is asked to match. One file per loss; a new one adds its name to ``AnyLoss``."""
 
 from compression.distill.losses.aggregated import Aggregated
+from compression.distill.losses.auxiliary import Auxiliary
 from compression.distill.losses.bd_kd import BdKd
 from compression.distill.losses.class_relation import ClassRelation
 from compression.distill.losses.cross_entropy import CrossEntropy
@@ -44,12 +45,14 @@ AnyLoss = (
     | SigmoidKd
     | ClassRelation
     | MultiAspect
+    | Auxiliary
 )
 """What a recipe may list under ``distill.losses``."""
 
 __all__ = [
     "Aggregated",
     "AnyLoss",
+    "Auxiliary",
     "BdKd",
     "ClassRelation",
     "CrossEntropy",

@@ -24,6 +24,14 @@ class Filter(Frozen):
 
     card: ClassVar[MethodCard]
 
+    def check(self, shop: Workshop) -> None:
+        """Nothing, when it has what it needs.
+
+        Raises:
+            CompressionError: it has not.
+        """
+        del shop
+
     @abstractmethod
     def score(
         self, model: nn.Module, spec: ModelSpec, row: TrialResult, rows: Sequence[TrialResult], shop: Workshop

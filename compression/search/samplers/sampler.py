@@ -49,6 +49,14 @@ class Sampler(Frozen):
         """How many candidates are drawn before it learns from outcomes."""
         return 0
 
+    def check(self, spaces: Mapping[str, Space], shop: Workshop) -> None:
+        """Nothing, when it can propose for these spaces, by label.
+
+        Raises:
+            CompressionError: it cannot.
+        """
+        del spaces, shop
+
     def optuna(self, seed: int) -> Any | None:
         """The sampler of Optuna that proposes; None when ``propose`` does."""
         del seed

@@ -1,0 +1,541 @@
+"""Every way to find a small network, at the same latency budgets and the same budget of training.
+
+    .venv/bin/python benchmarks/search.py WORK [--recipe recipes/fashion-mnist.yaml] [--teacher FOLDER] [--seeds 0 1]
+    .venv/bin/python benchmarks/search.py WORK --only "random search" "nsga2" --budgets 0.1 0.16 0.22 --jobs 2
+    .venv/bin/python benchmarks/search.py WORK --table                       # what is in WORK, trains nothing
+    .venv/bin/python benchmarks/search.py WORK --ranking 32                  # DisWOT against trained accuracy
+
+One arm is a search section of a recipe. Each gets the same teacher and its stored outputs, the same number of trials of
+the same length, and for each budget (a share of the teacher's p50 in ONNX Runtime at batch 32) the best trial within it
+gets the same full distillation. Arms without a search spend nothing on trials and take the largest network that fits.
+What is scored is the ONNX file: test accuracy in ONNX Runtime, latency of all files side by side in one run at the end.
+Cost is CPU time of the process: search (building, timing and training of trials), then the full distillations.
+WORK keeps everything, so that a later call adds arms and seeds to what is there.
+"""
+
+import argparse
+import json
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.stats import kendalltau
+from torch import nn
+
+from compression import profile
+from compression.augment import normalise
+from compression.checkpoint import load_checkpoint, save_checkpoint
+from compression.data import load_dataset, open_dataset, save_dataset, with_pool
+from compression.data.dataset import Dataset
+from compression.distill import CrossEntropy, DistillConfig, Kd, distill
+from compression.distill.procedures import Training
+from compression.metrics import evaluate
+from compression.search import Study
+from compression.search.bank import PastTrial
+from compression.search.candidate import OnEpoch
+from compression.search.space import Workshop
+from compression.search.study import run_study
+from compression.search.trials import Score, TrialResult
+from compression.teacher_outputs import OutputsSpec, StoredOutputs, write_teacher_outputs
+from compression.teachers import obtain_teacher
+from compression.train import TrainConfig
+from export.benchmark import BenchmarkJob, run_benchmark
+from export.onnx_graph import to_onnx
+from export.timing import open_session
+from flows.recipe import Recipe, load_recipe
+from tasks.search import Clock
+
+logger = logging.getLogger(__name__)
+
+RESIDUAL_3 = {
+    "kind": "design",
+    "base": {
+        "kind": "residual_cnn",
+        "widths": [8, 16, 32],
+        "depths": [1, 1, 1],
+        "strides": [1, 2, 2],
+        "stem_stride": 2,
+    },
+    "widths": [[8, 16], [16, 24, 32, 48], [48, 64, 96, 128]],
+    "depths": [[1], [1, 2], [1, 2]],
+    "stem_widths": [8, 16],
+}
+RESIDUAL_2 = {
+    "kind": "design",
+    "base": {"kind": "residual_cnn", "widths": [24, 64], "depths": [1, 1], "strides": [2, 2], "stem_stride": 2},
+    "widths": [[24, 32, 48], [64, 96, 128]],
+    "depths": [[1, 2], [1, 2]],
+    "stem_widths": [8, 16],
+}
+PLAIN = {
+    "kind": "design",
+    "base": {"kind": "plain_cnn", "widths": [24, 64], "depths": [1, 1], "strides": [2, 2], "stem_stride": 2},
+    "widths": [[24, 32, 48], [64, 96, 128]],
+    "depths": [[1, 2, 3], [1, 2, 3]],
+    "stem_widths": [8, 16],
+}
+DESIGN = [RESIDUAL_3, RESIDUAL_2, PLAIN]
+"""Networks for images of 28 pixels; what is expensive there is width where images are large."""
+
+RATIOS = [0.2, 0.3, 0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9]
+TEACHER = "residual"
+
+
+def hand_made(widths: Sequence[int]) -> dict[str, Any]:
+    """A network of a few stages as one would write it down, alone in its space."""
+    base = RESIDUAL_3["base"] | {"widths": list(widths), "stem_width": 16}
+    return {"spaces": [{"kind": "scale", "base": base, "widths": [1.0]}]}
+
+
+ARMS: dict[str, dict[str, Any]] = {
+    "hand-made, fast": hand_made([16, 16, 32]),
+    "hand-made, wide": hand_made([16, 32, 64]),
+    "uniform width": {
+        "spaces": [
+            {
+                "kind": "scale",
+                "base": {"kind": "residual_cnn", "widths": [32, 48, 96], "strides": [2, 1, 2], "stem_width": 16},
+                "widths": [0.1 + 0.05 * step for step in range(15)],
+            }
+        ]
+    },
+    "prune, magnitude": {"spaces": [{"kind": "prune", "parent": TEACHER, "ratios": RATIOS}]},
+    "prune, taylor": {"spaces": [{"kind": "prune", "parent": TEACHER, "criterion": "taylor", "ratios": RATIOS}]},
+    "random search": {"spaces": DESIGN, "sampler": {"kind": "random"}},
+    "nsga2": {"spaces": DESIGN, "sampler": {"kind": "nsga2", "population": 6}},
+    "tpe": {"spaces": DESIGN, "sampler": {"kind": "tpe", "warm_up_trials": 6}},
+}
+"""Search sections; what all have in common is added. Arms of networks that one would take by size alone need no
+trials."""
+
+NO_TRIALS = ("hand-made, fast", "hand-made, wide", "uniform width", "prune, magnitude", "prune, taylor")
+"""Arms that take the largest network within the budget, as one would without a search."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all arms share."""
+
+    work: Path
+    budgets: tuple[float, ...]
+    trials: int
+    trial: TrainConfig
+    final: TrainConfig
+    batch: int
+    teachers: tuple[str, ...] = (TEACHER,)
+
+
+@dataclass(frozen=True)
+class Final:
+    """One arm at one budget and seed."""
+
+    arm: str
+    seed: int
+    budget: float
+    space: str
+    choices: dict[str, Any]
+    searched_ratio: float
+    """Latency over the teacher's, as the search saw it."""
+    macs: int
+    trial_accuracy: float | None
+    accuracy: float
+    """On the test split, percent, of the ONNX file."""
+    search_cpu: float
+    """Of the whole search, all budgets together; 0 where nothing was trained."""
+    final_cpu: float
+    hypervolume: float | None
+    """Of the study's front: accuracy on the validation split, latency and size."""
+
+
+def prepare(setting: Setting, recipe: Recipe, given: Path | None) -> None:
+    """Data, teachers and stored outputs, made once."""
+    work = setting.work
+    if not (work / "data" / "dataset.json").exists():
+        save_dataset(load_dataset(recipe.data, seed=recipe.seed), work / "data")
+    dataset = open_dataset(work / "data")
+    for teacher in recipe.teachers:
+        place = work / "teachers" / teacher.name
+        if teacher.name not in setting.teachers or (place / "spec.json").exists():
+            continue
+        if given is not None and teacher.name == TEACHER:
+            model, spec = load_checkpoint(given)
+        else:
+            model, spec, _ = obtain_teacher(teacher, dataset, seed=recipe.seed, augment=recipe.augment)
+        save_checkpoint(model, spec, place)
+    if not (work / "outputs").exists():
+        model, _ = load_checkpoint(work / "teachers" / TEACHER)
+        spec = OutputsSpec(views=setting.final.epochs, seed=recipe.seed, augment=recipe.augment)
+        write_teacher_outputs(model, dataset, spec, work / "outputs")
+    path = work / "teacher.onnx"
+    if not path.exists():
+        model, _ = load_checkpoint(work / "teachers" / TEACHER)
+        to_onnx(model, path, input_shape=dataset.input_shape, metadata={})
+
+
+def run_arm(setting: Setting, recipe: Recipe, name: str, seed: int) -> list[Final]:
+    """Search, then the full distillation of the best within each budget; kept in WORK as it gets done."""
+    torch.set_num_threads(1)
+    folder = setting.work / "arms" / f"{name.replace(', ', '-').replace(' ', '-')}-{seed}"
+    kept = folder / "finals.json"
+    if kept.exists():
+        return [Final(**row) for row in json.loads(kept.read_text())]
+    folder.mkdir(parents=True, exist_ok=True)
+    dataset = open_dataset(setting.work / "data")
+    stored = [StoredOutputs.open(setting.work / "outputs")]
+    config = distillation(setting.final)
+    started = time.process_time()
+    picks, volume = found(setting, recipe, name, seed, folder, dataset, stored)
+    searched = time.process_time() - started
+    finals: list[Final] = []
+    trained: dict[Path, tuple[nn.Module, float]] = {}
+    for budget, trial, place in picks:
+        model, spec = load_checkpoint(place)
+        if place in trained:  # the best for one budget may be the best for a larger one too
+            model, cpu = trained[place][0], 0.0
+        else:
+            before = time.process_time()
+            distill(model, stored, dataset, config, seed=seed, augment=recipe.augment)
+            cpu = time.process_time() - before
+        trained[place] = (model, cpu)
+        path = folder / f"{budget:g}.onnx"
+        to_onnx(model, path, input_shape=spec.input_shape, metadata={})
+        save_checkpoint(model, spec, folder / f"final-{budget:g}")
+        correct = answers(path, dataset) == dataset.test.labels.numpy()
+        np.save(folder / f"{budget:g}.npy", correct)
+        finals.append(
+            Final(
+                arm=name,
+                seed=seed,
+                budget=budget,
+                space=trial.space,
+                choices=trial.choices,
+                searched_ratio=(trial.latency_p50_ms or 0.0) / reference_ms(setting, folder),
+                macs=profile.macs(model, spec.input_shape),
+                trial_accuracy=trial.accuracy,
+                accuracy=100 * float(correct.mean()),
+                search_cpu=searched,
+                final_cpu=cpu,
+                hypervolume=volume,
+            )
+        )
+        logger.info("%s, seed %d, budget %g: %.2f %%", name, seed, budget, finals[-1].accuracy)
+    kept.write_text(json.dumps([asdict(each) for each in finals], indent=1))
+    return finals
+
+
+def distillation(train: TrainConfig) -> DistillConfig:
+    """Cross entropy and kd at temperature 2, half each."""
+    return DistillConfig(
+        train=train,
+        losses=(CrossEntropy(weight=0.5), Kd(weight=0.5, temperature=2.0)),
+        views=train.epochs,
+        control=False,
+    )
+
+
+def reference_ms(setting: Setting, folder: Path) -> float:
+    """The teacher's p50 as the arm's clock saw it."""
+    return float(json.loads((folder / "clock" / f"reference-{setting.batch}.json").read_text()))
+
+
+def found(
+    setting: Setting,
+    recipe: Recipe,
+    name: str,
+    seed: int,
+    folder: Path,
+    dataset: Dataset,
+    stored: Sequence[StoredOutputs],
+) -> tuple[list[tuple[float, TrialResult, Path]], float | None]:
+    """For each budget that a candidate meets: the budget, its best trial and the checkpoint it starts from."""
+    parents = {each: load_checkpoint(setting.work / "teachers" / each) for each in setting.teachers}
+    clock = Clock(parents[TEACHER][0], dataset.input_shape, batch=setting.batch, folder=folder / "clock")
+    common = {"trials": setting.trials, "train": setting.trial.model_dump(), "batch": setting.batch}
+    study = Study.model_validate(common | {"max_latency_share": max(setting.budgets)} | ARMS[name])
+    if name in NO_TRIALS:
+        return largest_within(setting, study, parents, dataset, clock, seed, folder), None
+    short = distillation(setting.final).plain(setting.trial)
+
+    def train_trial(model: nn.Module, number: int, checkpoints: Path, on_epoch: OnEpoch) -> Score:
+        del number
+        torch.manual_seed(seed)
+        distill(
+            model,
+            stored,
+            dataset,
+            short,
+            seed=seed,
+            augment=recipe.augment,
+            checkpoint_dir=checkpoints,
+            on_epoch=lambda row: on_epoch(float(row["validation_accuracy"])),
+        )
+        reached = evaluate(model, dataset.validation, dataset.preprocessing)
+        return Score(reached.accuracy, reached.ece)
+
+    def start_training(model: nn.Module, train: TrainConfig, checkpoints: Path) -> Training:
+        return Training(
+            student=model,
+            panel=stored,
+            teachers=(),
+            dataset=with_pool(dataset),
+            config=distillation(setting.final).plain(train),
+            seed=seed,
+            augment=recipe.augment,
+            checkpoint_dir=checkpoints,
+        )
+
+    latency_model = None
+    if study.wants_latency_model:
+        from tasks.search import latency_model_for
+
+        latency_model = latency_model_for(dataset.input_shape, batch=setting.batch, folder=setting.work / "latency")
+    result = run_study(
+        study,
+        parents=parents,
+        dataset=dataset,
+        seed=seed,
+        latency=clock,
+        train_trial=train_trial,
+        start_training=start_training,
+        latency_model=latency_model,
+        past=past_of(setting, folder) if study.wants_past else (),
+        storage=folder / "study.db",
+        folder=folder / "candidates",
+        best_teacher=TEACHER,
+    )
+    limit = reference_ms(setting, folder)
+    picks = []
+    for budget in setting.budgets:
+        within = [
+            trial
+            for trial in result.trials
+            if trial.state == "complete" and (trial.latency_p50_ms or 0.0) <= budget * limit
+        ]
+        if within:
+            best = max(within, key=lambda trial: (trial.accuracy or 0.0, -trial.number))
+            picks.append((budget, best, folder / "candidates" / f"trial-{best.number:04d}"))
+    return picks, result.hypervolume
+
+
+def past_of(setting: Setting, folder: Path) -> list[PastTrial]:
+    """Trials of the other arms' finished studies."""
+    from compression.search.bank import read_bank
+
+    return read_bank(path for path in sorted(setting.work.glob("arms/*/bank.jsonl")) if path.parent != folder)
+
+
+def largest_within(
+    setting: Setting, study: Study, parents: Mapping[str, Any], dataset: Dataset, clock: Clock, seed: int, folder: Path
+) -> list[tuple[float, TrialResult, Path]]:
+    """For each budget the candidate of the first space with most MACs among those that meet it; nothing is trained."""
+    shop = Workshop(parents, dataset, seed, folder / "shop", best_teacher=TEACHER)
+    (space,) = study.spaces
+    genes = space.genes(shop)
+    gene = max(genes, key=lambda each: len(genes[each]))
+    fixed = {each: values[0] for each, values in genes.items()}
+    rows = []
+    for number, value in enumerate(genes[gene]):
+        choices = fixed | {gene: value}
+        model, spec = space.build(choices, shop)
+        macs = profile.macs(model, spec.input_shape)
+        if any(row.macs == macs for row, _ in rows):
+            continue
+        place = folder / "candidates" / f"trial-{number:04d}"
+        save_checkpoint(model, spec, place)
+        row = TrialResult(number, space.label, choices, "complete", macs=macs, latency_p50_ms=clock(model).p50)
+        rows.append((row, place))
+    picks = []
+    for budget in setting.budgets:
+        within = [each for each in rows if (each[0].latency_p50_ms or 0.0) <= budget * clock.reference_ms]
+        if within:
+            best, place = max(within, key=lambda each: each[0].macs or 0)
+            picks.append((budget, best, place))
+    return picks
+
+
+def answers(path: Path, dataset: Dataset) -> np.ndarray:
+    """Classes that the ONNX file gives for the test images, int64 [N]."""
+    session = open_session(path, threads=1)
+    name = session.get_inputs()[0].name
+    parts = []
+    for start in range(0, len(dataset.test.labels), 500):
+        images = normalise(dataset.test.images[start : start + 500], dataset.preprocessing).numpy()
+        parts.append(session.run(None, {name: images})[0].argmax(axis=1))
+    return np.concatenate(parts)
+
+
+def timed(setting: Setting, finals: Sequence[Final], rounds: int) -> dict[tuple[str, int, float], float]:
+    """Latency of every file over the teacher's, all side by side in one run."""
+    files = {"teacher": setting.work / "teacher.onnx"}
+    keys = {}
+    for final in finals:
+        name = f"{final.arm}|{final.seed}|{final.budget:g}"
+        folder = setting.work / "arms" / f"{final.arm.replace(', ', '-').replace(' ', '-')}-{final.seed}"
+        files[name] = folder / f"{final.budget:g}.onnx"
+        keys[name] = (final.arm, final.seed, final.budget)
+    job = BenchmarkJob(models=files, reference="teacher", batches=(setting.batch,), rounds=rounds, memory=False)
+    result = run_benchmark(job, setting.work / "timing")
+    return {keys[row.model]: row.ratio_to_reference for row in result.rows if row.model in keys}
+
+
+def table(setting: Setting, finals: Sequence[Final], ratios: Mapping[tuple[str, int, float], float]) -> str:
+    """One row per arm: at each budget mean accuracy over seeds (and the seeds), latency ratio, then costs."""
+    head = ["arm"]
+    for budget in setting.budgets:
+        head += [f"accuracy at {budget:g}", "ratio"]
+    lines = [" | ".join([*head, "search, CPU s", "training, CPU s", "hypervolume"])]
+    lines.append("|".join("---" for _ in lines[0].split(" | ")))
+    for arm in dict.fromkeys(final.arm for final in finals):
+        cells = [arm]
+        own = [final for final in finals if final.arm == arm]
+        for budget in setting.budgets:
+            here = [final for final in own if final.budget == budget]
+            if not here:
+                cells += ["nothing fits", ""]
+                continue
+            seeds = ", ".join(f"{final.accuracy:.2f}" for final in here)
+            cells.append(f"{mean(final.accuracy for final in here):.2f} ({seeds})")
+            cells.append(f"{mean(ratios.get((arm, f.seed, budget), f.searched_ratio) for f in here):.3f}")
+        searches = {final.seed: final.search_cpu for final in own}
+        volumes = {final.seed: final.hypervolume for final in own if final.hypervolume is not None}
+        cells.append(f"{mean(searches.values()):.0f}")
+        cells.append(f"{sum(final.final_cpu for final in own) / len(searches):.0f}")
+        cells.append(f"{mean(volumes.values()):.4f}" if volumes else "")
+        lines.append(" | ".join(cells))
+    return "\n".join(f"| {line} |" for line in lines)
+
+
+def ranking(setting: Setting, recipe: Recipe, count: int, seed: int = 0) -> dict[str, float]:
+    """How well DisWOT ranks ``count`` students by their accuracy after a trial's training, and what either costs."""
+    import random
+
+    from compression.search.filters import Diswot
+
+    torch.set_num_threads(1)
+    dataset = open_dataset(setting.work / "data")
+    stored = [StoredOutputs.open(setting.work / "outputs")]
+    parents = {TEACHER: load_checkpoint(setting.work / "teachers" / TEACHER)}
+    shop = Workshop(parents, dataset, seed, setting.work / "ranking" / "shop", best_teacher=TEACHER)
+    study = Study.model_validate({"spaces": DESIGN, "train": setting.trial.model_dump()})
+    rng, rows, seen = random.Random(seed), [], set()
+    kept = setting.work / "ranking" / "students.json"
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    rows = json.loads(kept.read_text()) if kept.exists() else []
+    while len(seen) < count:
+        space = rng.choice(study.spaces)
+        choices = {gene: rng.choice(values) for gene, values in space.genes(shop).items()}
+        key = json.dumps([space.label, choices], sort_keys=True)
+        if key in seen:
+            continue
+        seen.add(key)
+        if len(seen) <= len(rows):
+            continue
+        model, spec = space.build(choices, shop)
+        row = TrialResult(len(rows), space.label, choices, "failed", macs=profile.macs(model, spec.input_shape))
+        before = time.process_time()
+        score = Diswot().score(model, spec, row, (), shop)
+        scored = time.process_time()
+        distill(
+            model, stored, dataset, distillation(setting.final).plain(setting.trial), seed=seed, augment=recipe.augment
+        )
+        accuracy = evaluate(model, dataset.validation, dataset.preprocessing).accuracy
+        trained = time.process_time()
+        rows.append(
+            {
+                "choices": choices,
+                "macs": row.macs,
+                "params": profile.params(model),
+                "score": score,
+                "accuracy": accuracy,
+                "score_cpu": scored - before,
+                "train_cpu": trained - scored,
+            }
+        )
+        kept.write_text(json.dumps(rows, indent=1))
+        logger.info("%d of %d: score %.5f, accuracy %.4f", len(rows), count, score, accuracy)
+    truth = [row["accuracy"] for row in rows]
+
+    def agreement(name: str) -> float:
+        return float(kendalltau([row[name] for row in rows], truth).statistic)
+
+    return {
+        "students": len(rows),
+        "tau_diswot": agreement("score"),
+        "tau_macs": agreement("macs"),
+        "tau_params": agreement("params"),
+        "score_cpu": sum(row["score_cpu"] for row in rows),
+        "train_cpu": sum(row["train_cpu"] for row in rows),
+    }
+
+
+def main() -> None:
+    """Runs what the module's docstring says."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("work", type=Path, help="folder that keeps data, teachers, studies and results")
+    parser.add_argument("--recipe", type=Path, default=Path("recipes/fashion-mnist.yaml"), help="of data and teachers")
+    parser.add_argument("--teacher", type=Path, help="checkpoint to use for the teacher 'residual'")
+    parser.add_argument("--only", nargs="+", choices=sorted(ARMS), help="arms to run; all of them by default")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
+    parser.add_argument("--budgets", nargs="+", type=float, default=[0.1, 0.16, 0.22], help="shares of teacher latency")
+    parser.add_argument("--trials", type=int, default=10, help="trained candidates of each search")
+    parser.add_argument("--trial-epochs", type=int, default=2)
+    parser.add_argument("--trial-steps", type=int, default=110, help="most steps of an epoch of a trial")
+    parser.add_argument("--epochs", type=int, default=5, help="of the full distillation")
+    parser.add_argument("--batch", type=int, default=32, help="images per call when latency is measured")
+    parser.add_argument("--rounds", type=int, default=20, help="of the final timing")
+    parser.add_argument("--jobs", type=int, default=1, help="processes of one thread each")
+    parser.add_argument("--json", type=Path, help="write results here")
+    parser.add_argument("--table", action="store_true", help="train nothing: report what WORK has")
+    parser.add_argument("--ranking", type=int, metavar="N", help="rank N students by DisWOT and by training, then end")
+    options = parser.parse_args()
+    logging.basicConfig(level=logging.WARNING)
+    logger.setLevel(logging.INFO)
+    logger.info("arguments: %s", vars(options))
+
+    recipe = load_recipe(options.recipe)
+    schedule = {"batch_size": 256, "learning_rate": 0.004, "checkpoint_every_steps": 10**6}
+    setting = Setting(
+        work=options.work,
+        budgets=tuple(sorted(options.budgets)),
+        trials=options.trials,
+        trial=TrainConfig(epochs=options.trial_epochs, max_steps_per_epoch=options.trial_steps, **schedule),
+        final=TrainConfig(epochs=options.epochs, **schedule),
+        batch=options.batch,
+        teachers=tuple(teacher.name for teacher in recipe.teachers if teacher.model is not None),
+    )
+    prepare(setting, recipe, options.teacher)
+    if options.ranking:
+        print(json.dumps(ranking(setting, recipe, options.ranking), indent=1))
+        return
+    units = [(arm, seed) for seed in options.seeds for arm in options.only or ARMS]
+    finals: list[Final] = []
+    if options.table:
+        for path in sorted(setting.work.glob("arms/*/finals.json")):
+            finals += [Final(**row) for row in json.loads(path.read_text())]
+    else:
+        with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
+            work = partial(run_arm, setting, recipe)
+            waiting = {pool.submit(work, arm, seed): (arm, seed) for arm, seed in units}
+            for done in as_completed(waiting):
+                finals += done.result()
+                print(f"{waiting[done][0]}, seed {waiting[done][1]}: done", flush=True)
+    order = list(ARMS)
+    finals.sort(key=lambda final: (order.index(final.arm), final.seed, final.budget))
+    ratios = timed(setting, finals, options.rounds)
+    print(table(setting, finals, ratios))
+    if options.json:
+        rows = [asdict(final) | {"ratio": ratios.get((final.arm, final.seed, final.budget))} for final in finals]
+        options.json.write_text(json.dumps(rows, indent=1))
+
+
+if __name__ == "__main__":
+    main()
