@@ -40,8 +40,8 @@ from compression.distill import CrossEntropy, DistillConfig, Kd, distill
 from compression.distill.procedures import Training
 from compression.metrics import evaluate
 from compression.search import Study
-from compression.search.bank import PastTrial
-from compression.search.candidate import OnEpoch
+from compression.search.bank import PastTrial, past_trials, read_bank, task_of, write_bank
+from compression.search.candidate import OnEpoch, labels_of
 from compression.search.space import Workshop
 from compression.search.study import run_study
 from compression.search.trials import Score, TrialResult
@@ -52,7 +52,7 @@ from export.benchmark import BenchmarkJob, run_benchmark
 from export.onnx_graph import to_onnx
 from export.timing import open_session
 from flows.recipe import Recipe, load_recipe
-from tasks.search import Clock
+from tasks.search import Clock, latency_model_for
 
 logger = logging.getLogger(__name__)
 
@@ -96,6 +96,11 @@ def hand_made(widths: Sequence[int]) -> dict[str, Any]:
     return {"spaces": [{"kind": "scale", "base": base, "widths": [1.0]}]}
 
 
+STAGES = {"kind": "prune", "parent": TEACHER, "stage_ratios": [0.0, 0.25, 0.5, 0.6, 0.7, 0.8]}
+NSGA2 = {"kind": "nsga2", "population": 6}
+SUPERNET = {"epochs": 3, "batch_size": 256, "learning_rate": 0.004, "max_steps_per_epoch": 110}
+"""About what four trials cost, since each step trains four networks."""
+
 ARMS: dict[str, dict[str, Any]] = {
     "hand-made, fast": hand_made([16, 16, 32]),
     "hand-made, wide": hand_made([16, 32, 64]),
@@ -111,8 +116,87 @@ ARMS: dict[str, dict[str, Any]] = {
     "prune, magnitude": {"spaces": [{"kind": "prune", "parent": TEACHER, "ratios": RATIOS}]},
     "prune, taylor": {"spaces": [{"kind": "prune", "parent": TEACHER, "criterion": "taylor", "ratios": RATIOS}]},
     "random search": {"spaces": DESIGN, "sampler": {"kind": "random"}},
-    "nsga2": {"spaces": DESIGN, "sampler": {"kind": "nsga2", "population": 6}},
+    "nsga2": {"spaces": DESIGN, "sampler": NSGA2},
     "tpe": {"spaces": DESIGN, "sampler": {"kind": "tpe", "warm_up_trials": 6}},
+    "diswot filter": {"spaces": DESIGN, "sampler": NSGA2, "filter": {"kind": "diswot"}},
+    "predictor filter": {"spaces": DESIGN, "sampler": NSGA2, "filter": {"kind": "predictor"}},
+    "priors of past runs": {"spaces": DESIGN, "sampler": NSGA2, "priors": {"kind": "past_runs"}},
+    "diswot evolution": {"spaces": DESIGN, "sampler": {"kind": "diswot_evolution"}, "max_macs": 4_000_000},
+    "prune, stages": {"spaces": [STAGES], "sampler": NSGA2},
+    "prune, iterative": {
+        "spaces": [
+            {
+                "kind": "prune",
+                "parent": TEACHER,
+                "target": "latency",
+                "ratios": [0.78, 0.84],
+                "steps": 2,
+                "between": {"epochs": 1, "batch_size": 256, "learning_rate": 0.004},
+            }
+        ],
+        "trials": 2,
+    },
+    "prune, stages and designs": {"spaces": [STAGES, *DESIGN], "sampler": NSGA2},
+    "tas": {
+        "spaces": [
+            {
+                "kind": "tas",
+                "base": {"kind": "residual_cnn", "widths": [16, 48, 128], "strides": [1, 2, 2], "stem_stride": 2},
+                "targets": [0.4, 0.6],
+                "train": {"epochs": 2, "batch_size": 256, "learning_rate": 0.004, "max_steps_per_epoch": 110},
+            }
+        ],
+        "trials": 2,
+    },
+    "supernet": {
+        "spaces": [
+            {
+                "kind": "subnets",
+                "base": {"kind": "residual_cnn", "widths": [16, 48, 128], "strides": [1, 2, 2], "stem_stride": 2},
+                "widths": [0.25, 0.5, 0.75],
+                "train": SUPERNET,
+            }
+        ],
+        "filter": {"kind": "inherited", "keep": 0.3, "first": 1},
+        "sampler": {"kind": "random"},
+        "trials": 4,
+    },
+    "layers, depthwise teacher": {
+        "spaces": [{"kind": "layers", "parent": "depthwise", "shares": [0.25, 0.5, 0.75]}],
+        "trials": 3,
+        "max_latency_share": 1.0,
+    },
+    "prune, depthwise teacher": {
+        "spaces": [{"kind": "prune", "parent": "depthwise", "target": "latency", "ratios": [0.5, 0.65, 0.8]}],
+        "trials": 3,
+        "max_latency_share": 1.0,
+    },
+    "n2n, depthwise teacher": {
+        "spaces": [{"kind": "shrink", "parent": "depthwise"}],
+        "sampler": {"kind": "n2n", "removal_trials": 3},
+    },
+    "prune, transformer teacher": {
+        "spaces": [
+            {
+                "kind": "prune",
+                "parent": "transformer",
+                "criterion": "taylor",
+                "ratios": [0.25, 0.5, 0.75],
+                "round_to": 4,
+            }
+        ],
+        "trials": 3,
+        "max_latency_share": 1.0,
+    },
+    "tokens, transformer teacher": {
+        "spaces": [{"kind": "tokens", "parent": "transformer", "keeps": [0.25, 0.5, 0.75]}],
+        "trials": 3,
+        "max_latency_share": 1.0,
+    },
+    "fastnas": {
+        "spaces": [{"kind": "fastnas", "parent": TEACHER, "shares": [0.1, 0.15, 0.2, 0.3]}],
+        "trials": 4,
+    },
 }
 """Search sections; what all have in common is added. Arms of networks that one would take by size alone need no
 trials."""
@@ -295,8 +379,6 @@ def found(
 
     latency_model = None
     if study.wants_latency_model:
-        from tasks.search import latency_model_for
-
         latency_model = latency_model_for(dataset.input_shape, batch=setting.batch, folder=setting.work / "latency")
     result = run_study(
         study,
@@ -312,6 +394,15 @@ def found(
         folder=folder / "candidates",
         best_teacher=TEACHER,
     )
+    bank = past_trials(
+        result.trials,
+        task=task_of(dataset),
+        study=result.fingerprint,
+        objectives=study.objectives,
+        kinds={label: str(space.model_dump()["kind"]) for label, space in labels_of(study.spaces).items()},
+        train=study.train,
+    )
+    write_bank(folder / "bank.jsonl", bank)
     limit = reference_ms(setting, folder)
     picks = []
     for budget in setting.budgets:
@@ -328,8 +419,6 @@ def found(
 
 def past_of(setting: Setting, folder: Path) -> list[PastTrial]:
     """Trials of the other arms' finished studies."""
-    from compression.search.bank import read_bank
-
     return read_bank(path for path in sorted(setting.work.glob("arms/*/bank.jsonl")) if path.parent != folder)
 
 

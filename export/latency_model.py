@@ -1,6 +1,6 @@
 """Predicted latency: what one call of a network costs on this machine, without exporting or timing it.
 
-Built once per machine, batch and image size (about two minutes of CPU time) and kept as JSON. A seeded sample of the
+Built once per machine, batch and image size (about a minute of CPU time) and kept as JSON. A seeded sample of the
 zoo is written to ONNX and timed whole, and ONNX Runtime's profiler says what each of its kernels took. Both are rows of
 one table: a bag of operators and its milliseconds. The predictor is a sum over operators of physical terms
 (multiply-accumulates, elements read and written, weights, a constant for each operator and each call) whose
@@ -27,12 +27,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, Protocol, cast
+from typing import Annotated, Any, Literal, Protocol, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import ValidationError
+from pydantic import Field, PositiveFloat, ValidationError
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -362,8 +362,8 @@ class Row(Frozen):
 
     source: Literal["net", "kernel"]
     """A whole call, or what the profiler says of one kernel."""
-    operators: tuple[OperatorRow, ...]
-    ms: float
+    operators: Annotated[tuple[OperatorRow, ...], Field(min_length=1)]
+    ms: PositiveFloat
 
 
 @dataclass(frozen=True)
@@ -444,8 +444,9 @@ class OnnxRuntimeClock:
     @cached_property
     def _block(self) -> int:
         """Read off the weights of a convolution with 20 outputs, which the runtime fills up to whole blocks."""
-        net = PlainCnn(widths=(20,), depths=(1,), strides=(1,), stem_width=20).build(2, self.input_shape).eval()
-        self._write(net)
+        with torch.random.fork_rng(devices=[]):
+            net = PlainCnn(widths=(20,), depths=(1,), strides=(1,), stem_width=20).build(2, self.input_shape)
+        self._write(net.eval())
         for node in self._profiled(calls=1):
             if node.name == "Conv":
                 return {32: 16, 24: 8}.get(node.inputs[1][0], 1)
@@ -491,7 +492,9 @@ class OnnxRuntimeClock:
         fewest, most = self.PROFILED
         calls = max(fewest, min(most, int(self.PROFILE_MS / max(call_ms, 1e-3))))
         nodes = [(node.ms, node.operators(self.batch)) for node in self._profiled(calls=calls)]
-        return tuple(Row(source="kernel", operators=tuple(map(_row_of, bag)), ms=ms) for ms, bag in nodes if bag)
+        return tuple(
+            Row(source="kernel", operators=tuple(map(_row_of, bag)), ms=ms) for ms, bag in nodes if bag and ms > 0
+        )
 
     def _profiled(self, *, calls: int) -> list["_Node"]:
         """The kernels of the file written last, by ONNX Runtime's own profiler."""
@@ -705,7 +708,7 @@ class LatencyTable(Frozen):
     seed: int
     reference_ms: float
     """p50 of the reference net over the whole session; network rows are shares of it."""
-    rows: tuple[Row, ...]
+    rows: Annotated[tuple[Row, ...], Field(min_length=1)]
     held_out: HeldOut | None = None
 
     @property

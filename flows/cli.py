@@ -172,7 +172,7 @@ def methods(
         str | None,
         typer.Argument(
             help="Kind of method (losses or loss, combinations, selectors, ...), or a stage: select, search, distill, "
-            "quantize."
+            "sparsify, quantize."
         ),
     ] = None,
     name: Annotated[str | None, typer.Argument(help="One method, to see its card and fields.")] = None,
@@ -182,6 +182,21 @@ def methods(
     from flows.methods import show_methods
 
     show_methods(console, kind, name, as_json=json_)
+
+
+@app.command(epilog="Examples: stillhouse latency 1x28x28; stillhouse latency 3x32x32 --batch 1 --batch 32 --json")
+def latency(
+    size: Annotated[str, typer.Argument(help="Channels, height and width of one image, e.g. 1x28x28.")],
+    checkpoints: Annotated[
+        list[Path] | None, typer.Argument(help="Checkpoint folders to predict, if any.", show_default=False)
+    ] = None,
+    batch: Annotated[list[int] | None, typer.Option(help="Images per call; may be given several times.")] = None,
+    json_: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
+) -> None:
+    """Measure (once) and show the latency model of this machine, with its error on networks it was not fitted to."""
+    from flows.latency import shape_of, show_latency
+
+    show_latency(console, shape_of(size), tuple(batch or [32]), tuple(checkpoints or ()), as_json=json_)
 
 
 @app.command(epilog="Example: stillhouse init my-parts --data /data/parts")

@@ -22,13 +22,14 @@ from compression.search.task_embedding import data_hash, embedding_of
 from compression.search.trials import Latency, Score, TrialResult
 from compression.teacher_outputs import StoredOutputs
 from compression.train import TrainConfig
+from export.latency_model import NETS, FittedLatency, build_latency_model
 from export.onnx_graph import to_onnx
 from export.timing import latency_beside, latency_p50_ms
 from tasks import tracking
+from tasks.progress import Report
 from tasks.settings import settings
 from tasks.stage import StageOutput, StageResult, Work, stage
 from tasks.teachers import TRAINING_CODE
-
 
 KEPT_OF_SHOP = ("n2n/policy.safetensors", "predictor.json")
 """What samplers and filters learned, kept with the trials."""
@@ -44,6 +45,21 @@ def past_at_start(kept: Path) -> list[PastTrial]:
     if not kept.exists():
         write_bank(kept, read_bank(trials_folder().glob("*.jsonl")))
     return read_bank([kept])
+
+
+def latency_model_for(
+    input_shape: tuple[int, int, int], *, batch: int, folder: Path | None = None, report: Report | None = None
+) -> FittedLatency:
+    """The latency model of this machine: measured on first use, then read from ``<home>/latency``."""
+
+    def on_progress(done: int, total: int) -> None:
+        if report is not None:
+            report("measuring networks for the latency model", done, total)
+
+    place = settings().home_dir / "latency" if folder is None else folder
+    return build_latency_model(
+        input_shape, batch=batch, folder=place, nets=settings().latency_networks or NETS, on_progress=on_progress
+    )
 
 
 class Clock:
@@ -76,7 +92,7 @@ class Clock:
 
 @stage(
     "search",
-    code=(*TRAINING_CODE, "compression.search", "compression.distill", "export.timing"),
+    code=(*TRAINING_CODE, "compression.search", "compression.distill", "export.timing", "export.latency_model"),
     libraries=("torch", "torch-pruning", "optuna", "onnxruntime-gpu"),
     tags=("training",),
 )
@@ -143,9 +159,7 @@ def search(
 
     predictor = None
     if config.wants_latency_model:
-        predictor = latency_model_for(
-            dataset.input_shape, batch=config.batch, folder=settings().home_dir / "latency", report=work.report
-        )
+        predictor = latency_model_for(dataset.input_shape, batch=config.batch, report=work.report)
     past = past_at_start(work.scratch / "past.jsonl") if config.wants_past else []
     clock = Clock(parents[best_teacher][0], dataset.input_shape, batch=config.batch, folder=work.scratch / "clock")
     database = settings().study_storage

@@ -36,6 +36,9 @@ class Settings(BaseSettings):
     study_storage: str | None = None
     """URL of a database whose search studies several workers share, say ``postgresql+psycopg://user@host/name``; a
     password belongs into its password file. Default: an SQLite file for each search."""
+    latency_networks: int = Field(default=0, ge=0)
+    """Networks that the latency model of this machine is fitted to, 0 for the usual 96; fewer are sooner measured and
+    predict worse."""
     min_free_mib: int = Field(default=512, ge=0)
     """Refuse to start with less free disk than this under ``home``."""
 

@@ -49,11 +49,15 @@ Order = Literal["prune_distil", "distil_prune"]
 class Prune(Space):
     """Pruned copies of one teacher: every ratio is a candidate student that starts from its weights.
 
-    A candidate depends on its choices, the parent, the calibration images and the seed alone. What had to be trained
-    or asked of a latency model on the way to it is kept in ``shop.folder``, so that it is the same when it is built
-    again. With ``target`` macs or latency the ratio of channels is found by bisection over all that are different,
-    by shapes alone; with ``steps`` the ratio is reached in equal factors of what is left (Han et al. 2015,
-    arXiv:1506.02626, prune and retrain in turn, single weights instead of channels).
+    A candidate depends on its choices, the parent, the calibration images and the seed alone. What had to be trained,
+    or asked of a latency model, on the way to it is kept in ``shop.folder``, so that it is the same when it is built
+    again.
+
+    With ``target`` macs or latency the channels to remove are found by bisection over all outcomes of the ranking,
+    which are nested: the largest network whose shapes fit (as far as predicted latency never falls when channels are
+    added). With ``steps`` each cut leaves the same factor of what was left, counted from the parent's widths, so that
+    rounding does not add up (Han et al. 2015, arXiv:1506.02626, prune and retrain in turn, single weights instead of
+    channels).
     """
 
     kind: Literal["prune"] = "prune"
@@ -162,15 +166,13 @@ class Prune(Space):
 
     def build(self, choices: Choices, shop: Workshop) -> tuple[nn.Module, ModelSpec]:
         self._check(shop)
-        parent, spec = shop.parent(self.parent)
         ratios = [float(choices[gene]) for gene in self.genes(shop) if gene != "order"]
         first = choices.get("order", self.order[0]) == "distil_prune"
-        if first:
-            parent, spec = self._distilled(shop)
+        model, spec = self._distilled(shop) if first else shop.parent(self.parent)
         if not any(ratios):
-            return copy.deepcopy(parent).eval().requires_grad_(True), spec
+            return copy.deepcopy(model).eval().requires_grad_(True), spec
         if self.steps == 1 and self.target != "latency":
-            return self._smaller(parent, spec, ratios, shop, known=f"distilled {first}")
+            return self._smaller(model, spec, ratios, shop, known=f"distilled {first}")
         changing = self.model_dump(mode="json", exclude={"ratios", "stage_ratios", "order"})
         key = self._key(shop, {"space": changing, "choices": choices})
         folder = shop.folder / self.label / key
@@ -178,10 +180,11 @@ class Prune(Space):
             for step in range(1, self.steps + 1):
                 part = step / self.steps
                 now = ratios if step == self.steps else [1.0 - (1.0 - ratio) ** part for ratio in ratios]
-                parent, spec = self._smaller(parent, spec, now, shop, known=f"distilled {first}" if step == 1 else None)
+                known = f"distilled {first}" if step == 1 else None
+                model, spec = self._smaller(model, spec, now, shop, known=known)
                 if step < self.steps:
-                    self._distil(parent, f"{self.label}-{key}-{step}", shop)
-            save_checkpoint(parent, spec, folder)
+                    self._distil(model, f"{self.label}-{key}-{step}", shop)
+            save_checkpoint(model, spec, folder)
             for step in range(1, self.steps):
                 shutil.rmtree(shop.folder / "steps" / f"{self.label}-{key}-{step}", ignore_errors=True)
         return load_checkpoint(folder)

@@ -53,8 +53,10 @@ class Operator:
 class LatencyModel(Protocol):
     """Predicted p50 of one call in the runtime that ships, fitted to what was measured on this machine."""
 
-    batch: int
-    """Images per call."""
+    @property
+    def batch(self) -> int:
+        """Images per call."""
+        ...
 
     def predict_ms(self, model: nn.Module, input_shape: tuple[int, int, int]) -> float:
         """Milliseconds of a whole network."""

@@ -190,12 +190,13 @@ def ratio_levels(
     if ranking == "global":
         total, gone, blocks = _blocks(groups, min_keep, whole)
         return [0.0, *(left / total for left in [*accumulate((b.channels for b in blocks), initial=gone)][1:])]
-    bounds = {0.0, 1.0}
-    for group in groups:
-        units, step = whole[group.name], group.units.step
-        if units > step:
-            bounds |= {round(1.0 - (kept + 0.5) * step / units, 9) for kept in range(1, units // step)}
-    return [0.0, *((low + high) / 2.0 for low, high in pairwise(sorted(bounds)))]
+    shrinking = [(whole[group.name], group.units.step) for group in groups if whole[group.name] > group.units.step]
+    bounds = {
+        round(1.0 - (left + 0.5) * step / units, 9) for units, step in shrinking for left in range(1, units // step)
+    }
+    if any(units % step for units, step in shrinking):
+        bounds.add(0.0)  # the least ratio already cuts these down to whole steps
+    return [0.0, *((low + high) / 2.0 for low, high in pairwise([*sorted(bounds), 1.0]))]
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,9 @@
 import json
 import logging
 from collections import Counter
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import astuple, replace
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from compression import profile
 from compression.errors import CompressionError, ExportError
 from compression.search.space import LatencyModel, Operator
 from compression.zoo import DepthwiseCnn, Mixer, PlainCnn, ResidualCnn, VisionTransformer
+from export import latency_model
 from export.latency_model import (
     FittedLatency,
     LatencyTable,
@@ -28,6 +31,7 @@ from export.latency_model import (
     operators_of,
     sample_nets,
 )
+from export.onnx_graph import to_onnx
 from export.timing import latency_p50_ms
 
 SHAPE = (1, 12, 12)
@@ -39,7 +43,7 @@ def plain(width: int = 32, depth: int = 1) -> nn.Module:
 
 
 class Abacus:
-    """A clock that counts: so much for each multiply-accumulate and element, 0.1 ms a call; remembers its calls."""
+    """A clock that counts multiply-accumulates and elements in blocks of channels; remembers its calls."""
 
     block = 16
     MAC, ELEMENT, CALL = 2e-7, 3e-6, 0.1
@@ -48,13 +52,24 @@ class Abacus:
         self.facts = facts
         self.calls = 0
 
-    def ms(self, operators: list[Operator]) -> float:
-        elements = sum(each.out_channels * each.height * each.width for each in operators)
-        return self.MAC * macs_of(operators) + self.ELEMENT * elements + self.CALL
+    def ms(self, operators: Sequence[Operator]) -> float:
+        filled = [replace(each, out_channels=-(-each.out_channels // 16) * 16) for each in operators]
+        elements = sum(each.out_channels * each.height * each.width for each in filled)
+        return self.MAC * macs_of(filled) + self.ELEMENT * elements + self.CALL
 
     def measure(self, model: nn.Module, *, kernels: bool = False) -> Timing:
         self.calls += 1
-        return Timing(self.ms(operators_of(model, SHAPE)) / 2.0, 2.0)
+        operators = operators_of(model, SHAPE)
+        alone = [Row(source="kernel", operators=(astuple(each),), ms=self.ms([each]) - 0.09) for each in operators]
+        return Timing(self.ms(operators) / 2.0, 2.0, tuple(alone) if kernels else ())
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _each_sample_is_drawn_once():
+    drawn = cache(lambda count, shape, seed, max_macs: list(sample_nets(count, shape, seed=seed, max_macs=max_macs)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(latency_model, "sample_nets", lambda count, shape, **rest: iter(drawn(count, shape, **rest)))
+        yield
 
 
 def build(tmp_path: Path, clock: Abacus | None = None, **changes) -> FittedLatency:
@@ -65,7 +80,7 @@ def build(tmp_path: Path, clock: Abacus | None = None, **changes) -> FittedLaten
 
 @pytest.fixture(scope="module")
 def fitted(tmp_path_factory) -> FittedLatency:
-    return build(tmp_path_factory.mktemp("tables"), nets=40)
+    return build(tmp_path_factory.mktemp("tables"), nets=16)
 
 
 # --- operators
@@ -91,9 +106,7 @@ def test_operators_of_a_residual_net():
 def test_channels_that_four_does_not_divide_take_the_slower_kernel_and_add_on_their_own():
     model = ResidualCnn(widths=(18,), depths=(1,), strides=(1,), stem_width=18).build(3, SHAPE).eval()
     found = operators_of(model, SHAPE)
-    assert [each.kind for each in found] == "Conv Reorder Conv Conv Reorder Add Relu ReduceMean Gemm".split() or [
-        each.kind for each in found
-    ] == "Conv Reorder Conv Conv Add Relu ReduceMean Gemm".split()
+    assert [each.kind for each in found] == "Conv Reorder Conv Conv Add Relu ReduceMean Gemm".split()
     assert [in_blocks(each, 16) for each in found if each.kind == "Conv"] == [True, False, False]
     assert in_blocks(Operator("Conv", 24, 24, 6, 6, 3, groups=24), 16)
     assert not in_blocks(Operator("Conv", 25, 25, 6, 6, 3, groups=25), 16)
@@ -122,7 +135,7 @@ def test_operators_of_a_transformer_are_products_of_tokens_and_of_activations():
 @pytest.mark.parametrize(
     "config",
     [
-        ResidualCnn(widths=(8, 20)).model_copy(update={"depths": (1, 1), "strides": (2, 1)}),
+        ResidualCnn(widths=(8, 20), depths=(1, 1), strides=(2, 1)),
         DepthwiseCnn(widths=(16, 24), depths=(1, 1)),
         VisionTransformer(width=32, depth=1),
         Mixer(width=24, depth=1, token_hidden=8),
@@ -168,8 +181,8 @@ def test_it_is_the_latency_model_of_a_study(fitted):
 def test_the_fit_recovers_a_known_cost(fitted):
     held = fitted.table.held_out
     assert held is not None
-    assert held.nets == 10
-    assert held.median_error < 0.05
+    assert held.nets == 4
+    assert held.median_error < 0.1
     assert held.kendall_tau > 0.9
     for width in (16, 48, 96):
         model = plain(width)
@@ -181,7 +194,7 @@ def test_a_whole_network_is_its_operators_and_a_call(fitted):
     parts = fitted.operators_ms(operators_of(model, SHAPE))
     assert min(parts) >= 0
     assert fitted.predict_ms(model, SHAPE) == pytest.approx(fitted.call_ms + sum(parts))
-    assert fitted.call_ms == pytest.approx(Abacus.CALL, rel=0.3)
+    assert fitted.call_ms == pytest.approx(Abacus.CALL, rel=0.2)
 
 
 def test_prediction_grows_with_width_and_depth(fitted):
@@ -259,18 +272,24 @@ def test_a_table_of_another_machine_or_runtime_is_not_used(tmp_path, changes, ca
 
 @pytest.mark.parametrize("change", [{"seed": 1}, {"nets": 9}, {"batch": 8}], ids=["seed", "more-nets", "batch"])
 def test_a_table_of_another_sample_or_batch_is_measured_again(tmp_path, change):
-    build(tmp_path)
+    first = build(tmp_path)
     clock = Abacus()
-    assert build(tmp_path, clock, **change).table != build(tmp_path).table
-    assert clock.calls > 0
+    assert build(tmp_path, clock, **change).table != first.table
+    assert clock.calls >= 12
 
 
-@pytest.mark.parametrize("damage", ["cut", "empty", "other"])
+@pytest.mark.parametrize("damage", ["cut", "empty", "other", "no-rows"])
 def test_a_damaged_table_is_built_again_with_a_log_line(tmp_path, damage, caplog):
     first = build(tmp_path)
     (path,) = tmp_path.iterdir()
     text = path.read_text()
-    path.write_text({"cut": text[: len(text) // 2], "empty": "", "other": json.dumps({"rows": []})}[damage])
+    damaged = {
+        "cut": text[: len(text) // 2],
+        "empty": "",
+        "other": "{}",
+        "no-rows": json.dumps(json.loads(text) | {"rows": []}),
+    }
+    path.write_text(damaged[damage])
     clock = Abacus()
     with caplog.at_level(logging.WARNING):
         again = build(tmp_path, clock)
@@ -304,8 +323,9 @@ def test_a_real_build_ranks_a_big_network_above_a_small_one(tmp_path):
     class Quick(OnnxRuntimeClock):
         ROUNDS, ROUND_MS, PROFILE_MS = 3, 1.0, 2.0
 
-    shape = (1, 8, 8)
+    shape, state = (1, 8, 8), torch.get_rng_state()
     fitted = build_latency_model(shape, batch=1, folder=tmp_path, nets=5, clock=Quick(shape, batch=1))
+    assert torch.equal(state, torch.get_rng_state())
     small = PlainCnn(widths=(8, 8), depths=(1, 1), strides=(2, 2), stem_width=8).build(3, shape).eval()
     big = PlainCnn(widths=(96, 128), depths=(2, 2), strides=(1, 1), stem_width=16).build(3, shape).eval()
     assert 3 * fitted.predict_ms(small, shape) < fitted.predict_ms(big, shape)
@@ -326,11 +346,13 @@ def test_the_operators_are_those_that_onnx_runtime_runs():
     assert Counter(ran) == Counter(operators_of(model, SHAPE, block=clock.block))
 
 
-def test_the_clock_is_no_stopwatch_of_its_own_neighbours(exported):
-    """CPU time of a call can't be longer than what a stopwatch says, and is most of it on a free core."""
-    clock = OnnxRuntimeClock(exported.shape, batch=1)
-    timing = clock.measure(exported.model)
-    assert 0 < timing.ratio * timing.reference_ms < 3 * latency_p50_ms(exported.float32.path, batch=1, seconds=0.02)
+def test_the_clock_counts_no_more_than_a_stopwatch_does(tmp_path):
+    """CPU time of a call can't be longer than the call."""
+    model, path = plain(), tmp_path / "net.onnx"
+    to_onnx(model, path, input_shape=SHAPE, metadata={}, fast=True)
+    timing = OnnxRuntimeClock(SHAPE, batch=32).measure(model)
+    assert 0 < timing.ratio * timing.reference_ms < 2 * latency_p50_ms(path, batch=32, seconds=0.02)
+    assert timing.kernels == ()
 
 
 def test_tensorrt_without_a_gpu_says_so(monkeypatch):
