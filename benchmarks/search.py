@@ -28,6 +28,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from distillation import interval
 from scipy.stats import kendalltau
 from torch import nn
 
@@ -503,6 +504,68 @@ def table(setting: Setting, finals: Sequence[Final], ratios: Mapping[tuple[str, 
     return "\n".join(f"| {line} |" for line in lines)
 
 
+MEASURES = {
+    "uniform width": "spaces.scale",
+    "prune, magnitude": "criteria.magnitude",
+    "prune, taylor": "criteria.taylor",
+    "nsga2": "proposers.nsga2",
+    "tpe": "proposers.tpe",
+    "random search": "spaces.design",
+    "diswot filter": "filters.diswot",
+    "predictor filter": "filters.predictor",
+    "priors of past runs": "priors.past_runs",
+    "diswot evolution": "proposers.diswot_evolution",
+    "prune, stages": "spaces.prune",
+    "tas": "spaces.tas",
+    "supernet": "spaces.subnets",
+    "layers, depthwise teacher": "spaces.layers",
+    "n2n, depthwise teacher": "proposers.n2n",
+    "tokens, transformer teacher": "spaces.tokens",
+    "fastnas": "spaces.fastnas",
+}
+"""Arm -> the method of the catalogue whose worth it shows."""
+
+
+def measured(setting: Setting, finals: Sequence[Final]) -> list[dict[str, Any]]:
+    """Records for ``compression/measured.json``, at the largest budget: gaps to no search and to random search."""
+    budget = max(setting.budgets)
+    right: dict[tuple[str, int], np.ndarray] = {}
+    for final in finals:
+        if final.budget == budget:
+            folder = setting.work / "arms" / f"{final.arm.replace(', ', '-').replace(' ', '-')}-{final.seed}"
+            right[final.arm, final.seed] = np.load(folder / f"{budget:g}.npy")
+    rows = []
+    for arm, method in MEASURES.items():
+        seeds = sorted(seed for name, seed in right if name == arm)
+        if not seeds:
+            continue
+        gaps = []
+        for base in ("uniform width", "random search"):
+            shared = [seed for seed in seeds if (base, seed) in right]
+            if base == arm or not shared:
+                continue
+            pairs = [np.stack([right[name, seed] for seed in shared]) for name in (arm, base)]
+            points, low, high = (round(number, 2) for number in interval(*pairs))
+            gaps.append({"base": base, "points": points, "low": low, "high": high})
+        own = [final for final in finals if final.arm == arm]
+        spent = sum(final.final_cpu for final in own) + sum({f.seed: f.search_cpu for f in own}.values())
+        others = [final for final in finals if final.arm == "random search" and final.seed in seeds]
+        theirs = sum(final.final_cpu for final in others) + sum({f.seed: f.search_cpu for f in others}.values())
+        rows.append(
+            {
+                "method": method,
+                "arm": arm,
+                "data": "fashion-mnist",
+                "setting": f"at most {budget:g} of the teacher's latency at batch {setting.batch}, {setting.trials} "
+                f"trials, then {setting.final.epochs} epochs, {len(seeds)} seed{'s' if len(seeds) > 1 else ''}",
+                "accuracy": round(100 * float(mean(right[arm, seed].mean() for seed in seeds)), 2),
+                "gaps": gaps,
+                "cost": round(spent / theirs, 2) if theirs else None,
+            }
+        )
+    return rows
+
+
 def ranking(setting: Setting, recipe: Recipe, count: int, seed: int = 0) -> dict[str, float]:
     """How well DisWOT ranks ``count`` students by their accuracy after a trial's training, and what either costs."""
     import random
@@ -583,6 +646,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=20, help="of the final timing")
     parser.add_argument("--jobs", type=int, default=1, help="processes of one thread each")
     parser.add_argument("--json", type=Path, help="write results here")
+    parser.add_argument("--measured", type=Path, help="write records for compression/measured.json here")
     parser.add_argument("--table", action="store_true", help="train nothing: report what WORK has")
     parser.add_argument("--ranking", type=int, metavar="N", help="rank N students by DisWOT and by training, then end")
     options = parser.parse_args()
@@ -621,6 +685,8 @@ def main() -> None:
     finals.sort(key=lambda final: (order.index(final.arm), final.seed, final.budget))
     ratios = timed(setting, finals, options.rounds)
     print(table(setting, finals, ratios))
+    if options.measured:
+        options.measured.write_text(json.dumps(measured(setting, finals), indent=1))
     if options.json:
         rows = [asdict(final) | {"ratio": ratios.get((final.arm, final.seed, final.budget))} for final in finals]
         options.json.write_text(json.dumps(rows, indent=1))

@@ -34,7 +34,7 @@ class Measured(Frozen):
     """Student, schedule, seeds and share of the data, in words."""
     accuracy: float
     """Mean test accuracy over the seeds, percent."""
-    ece: float
+    ece: float | None = None
     gaps: tuple[Gap, ...]
     """To the same student without teachers, then to the arm that lacks this method alone."""
     cost: float | None

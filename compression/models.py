@@ -5,7 +5,15 @@ from typing import Annotated, Self
 from pydantic import Field, PositiveInt, model_validator
 from torch import nn
 
-from compression.edits import AnyEdit, ReshapeParameter, ResizeModule, SetAttributes, apply_edits, diff_edits
+from compression.edits import (
+    AnyEdit,
+    ReshapeParameter,
+    ResizeModule,
+    SetAttributes,
+    SkipModule,
+    apply_edits,
+    diff_edits,
+)
 from compression.types import Frozen, Preprocessing
 from compression.zoo import (
     AnyModel,
@@ -31,6 +39,7 @@ __all__ = [
     "ResidualCnn",
     "ResizeModule",
     "SetAttributes",
+    "SkipModule",
     "TimmModel",
     "TorchvisionModel",
     "VisionTransformer",

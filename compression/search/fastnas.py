@@ -18,7 +18,7 @@ from compression.checkpoint import SPEC_FILE, load_checkpoint, save_checkpoint
 from compression.distill.merging.batch_norm import reestimate_batch_norm
 from compression.errors import CompressionError
 from compression.models import ModelSpec, diff_edits
-from compression.search.prune import _rebuilt
+from compression.search.prune import rebuilt_copy
 from compression.search.space import Choices, Genes, Space, Workshop
 
 logger = logging.getLogger(__name__)
@@ -177,7 +177,7 @@ def fastnas(
             logger.debug("modelopt: %s", said.getvalue())
     pruned.eval().zero_grad(set_to_none=True)
     new_spec = spec.model_copy(update={"edits": (*spec.edits, *diff_edits(model, pruned))})
-    return _rebuilt(pruned, new_spec, images[:2]), new_spec
+    return rebuilt_copy(pruned, new_spec, images[:2]), new_spec
 
 
 def norm_batches(images: Tensor, *, smallest: int = 8) -> Sequence[Tensor]:

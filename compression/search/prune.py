@@ -142,6 +142,10 @@ class Prune(Space):
         return "-".join(["prune", self.parent, self.criterion, *(name for name, is_so in differs if is_so)])
 
     @property
+    def trains_while_building(self) -> bool:
+        return self.steps > 1 or "distil_prune" in self.order
+
+    @property
     def wants_latency_model(self) -> bool:
         """Whether ``shop.latency`` is asked."""
         return self.target == "latency"
@@ -387,7 +391,7 @@ class Survey:
         if not edits:
             logger.info("every width stays as it was: none is far enough above what is kept of it")
         spec = self.spec.model_copy(update={"edits": (*self.spec.edits, *edits)})
-        return _rebuilt(smaller, spec, self.example), spec
+        return rebuilt_copy(smaller, spec, self.example), spec
 
     def usable(self) -> "Survey":
         """Without the groups that cannot be cut.
@@ -504,7 +508,7 @@ def _apply(model: nn.Module, example: Tensor, cuts: Sequence[_Cut]) -> None:
                 attention.attn_dim = cut.kept * attention.head_dim
 
 
-def _rebuilt(pruned: nn.Module, spec: ModelSpec, example: Tensor) -> nn.Module:
+def rebuilt_copy(pruned: nn.Module, spec: ModelSpec, example: Tensor) -> nn.Module:
     """The network ``spec`` builds, holding the weights of ``pruned``: what a later load will give."""
     with torch.random.fork_rng(devices=[]):
         fresh = build_model(spec)

@@ -35,9 +35,12 @@ class GatedCnn(Stages):
     straight-through estimate.
 
     Where ours differs from the paper: gates look at their layer's output after batch norm and ReLU and cut it there;
-    they start open, so that the network starts out as its plain form; there is no first training without gates. Under
-    ``16-mixed`` the injected gradient is not scaled with the loss and all but vanishes: take ``bf16-mixed``. In
-    quantization-aware training the gates stay as they are, since only the network in inference mode is captured.
+    they start open, so that the network starts out as its plain form; there is no first training without gates.
+
+    Limits: under ``16-mixed`` the injected gradient is not scaled with the loss and all but vanishes, so take
+    ``bf16-mixed``; where a loss aligns gradients, each of the two backward passes injects it. In quantization-aware
+    training the gates' weights stay as they are, since only the network in inference mode is captured. Pruning refuses
+    the network: its tracer does not see through the thresholds. Scale it instead.
     """
 
     kind: Literal["gated_cnn"] = "gated_cnn"

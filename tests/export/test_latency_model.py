@@ -3,9 +3,10 @@
 import json
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import astuple, replace
 from functools import cache
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,6 @@ from compression import profile
 from compression.errors import CompressionError, ExportError
 from compression.search.space import LatencyModel, Operator
 from compression.zoo import DepthwiseCnn, Mixer, PlainCnn, ResidualCnn, VisionTransformer
-from export import latency_model
 from export.latency_model import (
     FittedLatency,
     LatencyTable,
@@ -42,6 +42,11 @@ def plain(width: int = 32, depth: int = 1) -> nn.Module:
     return PlainCnn(widths=(width, width), depths=(depth, depth), strides=(1, 2), stem_width=16).build(3, SHAPE).eval()
 
 
+@cache
+def operators_once(model: nn.Module, shape: tuple[int, int, int], *, block: int = 16) -> list[Operator]:
+    return operators_of(model, shape, block=block)
+
+
 class Abacus:
     """A clock that counts multiply-accumulates and elements in blocks of channels; remembers its calls."""
 
@@ -59,16 +64,25 @@ class Abacus:
 
     def measure(self, model: nn.Module, *, kernels: bool = False) -> Timing:
         self.calls += 1
-        operators = operators_of(model, SHAPE)
+        operators = operators_once(model, SHAPE, block=self.block)
         alone = [Row(source="kernel", operators=(astuple(each),), ms=self.ms([each]) - 0.09) for each in operators]
         return Timing(self.ms(operators) / 2.0, 2.0, tuple(alone) if kernels else ())
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _each_sample_is_drawn_once():
-    drawn = cache(lambda count, shape, seed, max_macs: list(sample_nets(count, shape, seed=seed, max_macs=max_macs)))
+    """A smaller sample is the beginning of a larger one."""
+    samples: dict[tuple, tuple[list, Iterator]] = {}
+
+    def drawn(count: int, shape: tuple[int, int, int], **rest) -> list[tuple[str, nn.Module]]:
+        key = (shape, *rest.values())
+        nets, more = samples.setdefault(key, ([], sample_nets(100, shape, **rest)))
+        nets += islice(more, max(0, count - len(nets)))
+        return nets[:count]
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(latency_model, "sample_nets", lambda count, shape, **rest: iter(drawn(count, shape, **rest)))
+        patch.setattr("export.latency_model.build.sample_nets", drawn)
+        patch.setattr("export.latency_model.build.operators_of", operators_once)
         yield
 
 
@@ -311,9 +325,10 @@ def test_the_sample_depends_on_the_seed_alone():
         return [(family, profile.params(net)) for family, net in sample_nets(6, SHAPE, seed=seed, max_macs=1e6)]
 
     state = torch.get_rng_state()
-    assert outline(0) == outline(0) != outline(1)
+    found = outline(0)
+    assert found == outline(0) != outline(1)
     assert torch.equal(state, torch.get_rng_state())
-    assert {family for family, _ in outline(0)} == {"residual", "plain", "depthwise", "transformer"}
+    assert {family for family, _ in found} == {"residual", "plain", "depthwise", "transformer"}
 
 
 # --- the real clock
@@ -356,7 +371,7 @@ def test_the_clock_counts_no_more_than_a_stopwatch_does(tmp_path):
 
 
 def test_tensorrt_without_a_gpu_says_so(monkeypatch):
-    monkeypatch.setattr("export.latency_model.import_backend", lambda target: object())
+    monkeypatch.setattr("export.latency_model.clocks.import_backend", lambda target: object())
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ExportError, match=r"Target 'tensorrt' has no GPU on this machine, expected one"):
         TensorRtClock(SHAPE, batch=1)

@@ -126,6 +126,10 @@ class Tas(Space):
         return f"tas-{self.parent if self.base is None else self.base.kind}"
 
     @property
+    def trains_while_building(self) -> bool:
+        return True
+
+    @property
     def wants_latency_model(self) -> bool:
         """Whether the latency model of this machine is of use."""
         return self.cost == "latency"

@@ -22,6 +22,7 @@ from tests.compression.tiny_data import tiny_dataset
 
 FREE = ("1.weight", "1.bias", "5.weight", "5.bias")
 """Batch norm and classifier of the student."""
+LOSSES = (CrossEntropy(), Kd())
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +40,7 @@ def panel(dataset, tmp_path_factory):
     return [stored(dataset, tmp_path_factory.mktemp("outputs"), width=8, seed=8)]
 
 
-def training(panel, dataset, folder=None, *, epochs=3, decay=0.02, losses=(CrossEntropy(), Kd()), **changes):
+def training(panel, dataset, folder=None, *, epochs=3, decay=0.02, losses=LOSSES, **changes):
     """4 steps an epoch on labels and one teacher, from the network with seed 3."""
     train = TrainConfig(epochs=epochs, batch_size=16, learning_rate=0.01, weight_decay=decay, checkpoint_every_steps=2)
     return Training(
