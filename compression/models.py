@@ -18,6 +18,7 @@ from compression.types import Frozen, Preprocessing
 from compression.zoo import (
     AnyModel,
     DepthwiseCnn,
+    GatedCnn,
     Group,
     Mixer,
     PlainCnn,
@@ -31,6 +32,7 @@ __all__ = [
     "AnyEdit",
     "AnyModel",
     "DepthwiseCnn",
+    "GatedCnn",
     "Group",
     "Mixer",
     "ModelSpec",

@@ -15,6 +15,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from flows import deltas
+
 if TYPE_CHECKING:
     from flows.recipe import Recipe
 
@@ -26,6 +28,7 @@ app = typer.Typer(
     help="Turn big teacher models into small verified edge models.\n\n"
     "Start with [bold]stillhouse compress recipes/digits.yaml[/bold]; look first with [bold]stillhouse plan[/bold].",
 )
+app.add_typer(deltas.app)
 console = Console()
 problems = Console(stderr=True)
 

@@ -38,6 +38,7 @@ from compression.distill.procedures import (
     Peers,
     Progressive,
     Single,
+    SparseFinetuning,
 )
 from compression.distill.run import check_panel, distill
 from compression.distill.samplers import AnySampler, ClassSubset, Full, Kd3, RandomSubset, Rs2
@@ -106,6 +107,7 @@ __all__ = [
     "SigmoidKd",
     "Single",
     "Sinkd",
+    "SparseFinetuning",
     "Specialists",
     "Talking",
     "TeacherLogits",

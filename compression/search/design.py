@@ -11,6 +11,7 @@ from compression.models import ModelSpec
 from compression.search.scale import fresh_model
 from compression.search.space import Choices, Genes, Space, Workshop
 from compression.zoo.depthwise_cnn import DepthwiseCnn
+from compression.zoo.gated_cnn import GatedCnn
 from compression.zoo.plain_cnn import PlainCnn
 from compression.zoo.residual_cnn import ResidualCnn
 
@@ -21,7 +22,7 @@ class Design(Space):
     """Any combination of stage widths, stage depths and stem widths of one family is a candidate, trained fresh."""
 
     kind: Literal["design"] = "design"
-    base: ResidualCnn | PlainCnn | DepthwiseCnn
+    base: ResidualCnn | PlainCnn | DepthwiseCnn | GatedCnn
     """Everything that is not chosen: strides, kernels, stem stride."""
     widths: Annotated[tuple[Options, ...], Field(min_length=1)]
     """For each stage of ``base``: the channel counts to choose from."""

@@ -10,6 +10,7 @@ from compression.card import MethodCard
 from compression.models import ModelSpec, build_model
 from compression.search.space import Choices, Genes, Space, Workshop
 from compression.zoo.depthwise_cnn import DepthwiseCnn
+from compression.zoo.gated_cnn import GatedCnn
 from compression.zoo.group import Group
 from compression.zoo.plain_cnn import PlainCnn
 from compression.zoo.residual_cnn import ResidualCnn
@@ -22,7 +23,7 @@ class Scale(Space):
     """Every width multiplier with every depth change of one hand-made network is a candidate student."""
 
     kind: Literal["scale"] = "scale"
-    base: ResidualCnn | PlainCnn | DepthwiseCnn | Group
+    base: ResidualCnn | PlainCnn | DepthwiseCnn | Group | GatedCnn
     """The network that is scaled."""
     widths: tuple[Width, ...] = Field(default=(0.5, 0.75, 1.0), min_length=1)
     """Multipliers of all channel counts of ``base``."""

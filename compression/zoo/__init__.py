@@ -1,6 +1,7 @@
 """Networks by name: our own small families, and everything timm and torchvision can build."""
 
 from compression.zoo.depthwise_cnn import DepthwiseCnn
+from compression.zoo.gated_cnn import GatedCnn
 from compression.zoo.group import Group
 from compression.zoo.mixer import Mixer
 from compression.zoo.plain_cnn import PlainCnn
@@ -9,11 +10,14 @@ from compression.zoo.timm_model import TimmModel
 from compression.zoo.torchvision_model import TorchvisionModel
 from compression.zoo.vision_transformer import VisionTransformer
 
-AnyModel = ResidualCnn | PlainCnn | DepthwiseCnn | VisionTransformer | Mixer | Group | TimmModel | TorchvisionModel
+AnyModel = (
+    ResidualCnn | PlainCnn | DepthwiseCnn | VisionTransformer | Mixer | Group | GatedCnn | TimmModel | TorchvisionModel
+)
 
 __all__ = [
     "AnyModel",
     "DepthwiseCnn",
+    "GatedCnn",
     "Group",
     "Mixer",
     "PlainCnn",

@@ -12,6 +12,7 @@ from compression.errors import CheckpointError, ShapeError
 from compression.zoo import (
     AnyModel,
     DepthwiseCnn,
+    GatedCnn,
     Group,
     Mixer,
     PlainCnn,
@@ -30,9 +31,18 @@ TINY: list[AnyModel] = [
     VisionTransformer(width=16, depth=1, num_heads=4, stem="patch"),
     Mixer(width=16, depth=2, token_hidden=8, stem_width=8),
     Group(members=(PlainCnn(widths=(8,), depths=(1,), strides=(2,), stem_width=8),) * 2),
+    GatedCnn(widths=(8, 16), depths=(1, 2), strides=(2, 2), stem_width=8),
 ]
-CONVOLUTIONAL = [config for config in TINY if isinstance(config, ResidualCnn | PlainCnn | DepthwiseCnn)]
-DEFAULTS: list[AnyModel] = [ResidualCnn(), PlainCnn(), DepthwiseCnn(), VisionTransformer(), Mixer(), Group()]
+CONVOLUTIONAL = [config for config in TINY if isinstance(config, ResidualCnn | PlainCnn | DepthwiseCnn | GatedCnn)]
+DEFAULTS: list[AnyModel] = [
+    ResidualCnn(),
+    PlainCnn(),
+    DepthwiseCnn(),
+    VisionTransformer(),
+    Mixer(),
+    Group(),
+    GatedCnn(),
+]
 
 
 @pytest.fixture(autouse=True)

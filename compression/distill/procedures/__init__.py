@@ -7,9 +7,10 @@ from compression.distill.procedures.online_teacher import OnlineTeacher
 from compression.distill.procedures.peers import Peers
 from compression.distill.procedures.progressive import Progressive
 from compression.distill.procedures.single import Single
+from compression.distill.procedures.sparse_finetuning import SparseFinetuning
 from compression.distill.procedures.training import ProcedureFn, Training, joined
 
-AnyProcedure = Single | Active | Progressive | OnlineTeacher | Peers | ModuleToModule | G2sd
+AnyProcedure = Single | Active | Progressive | OnlineTeacher | Peers | ModuleToModule | G2sd | SparseFinetuning
 """What a recipe may name under ``distill.procedure``."""
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "ProcedureFn",
     "Progressive",
     "Single",
+    "SparseFinetuning",
     "Training",
     "joined",
 ]
