@@ -124,6 +124,14 @@ ARMS: dict[str, dict[str, Any]] = {
     "priors of past runs": {"spaces": DESIGN, "sampler": NSGA2, "priors": {"kind": "past_runs"}},
     "diswot evolution": {"spaces": DESIGN, "sampler": {"kind": "diswot_evolution"}, "max_macs": 4_000_000},
     "prune, stages": {"spaces": [STAGES], "sampler": NSGA2},
+    "prune to latency and designs": {
+        "spaces": [
+            {"kind": "prune", "parent": TEACHER, "target": "latency", "ratios": [0.785, 0.845]},
+            {"kind": "prune", "parent": TEACHER, "target": "latency", "ranking": "global", "ratios": [0.785, 0.845]},
+            *DESIGN,
+        ],
+        "sampler": NSGA2,
+    },
     "prune, iterative": {
         "spaces": [
             {

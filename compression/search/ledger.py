@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 STUDY_NAME = "search"
 MOST_CANDIDATES_LISTED = 100_000
 """Spaces larger than this are sampled where smaller ones are gone through."""
+FEW_CANDIDATES = 16
+"""Spaces of so many are looked at from end to end before the sampler chooses."""
 MOST_INTERRUPTIONS = 3
 """A trial during which the process ended so often has failed: it probably takes the process down with it."""
 OPENINGS = 5
@@ -341,13 +343,16 @@ def warnings_of_optuna() -> Iterator[None]:
 
 
 def first_trials(spaces: Mapping[str, Genes]) -> list[tuple[str, Choices]]:
-    """The middle of every space, then the smallest of every space, then the largest; each once.
+    """The middle of every space, then the ends of those with a few candidates: smallest, then largest; each once.
 
-    Small and large are by the listed values: the largest pruning ratio is the smallest network.
+    Small and large are by the listed values: the largest pruning ratio is the smallest network. The ends of a large
+    space are far from any budget, so that they would tell nothing for a trial each.
     """
     picks: list[tuple[str, Choices]] = []
     for place in ("middle", "low", "high"):
         for space, genes in spaces.items():
+            if place != "middle" and math.prod(len(values) for values in genes.values()) > FEW_CANDIDATES:
+                continue
             index = {"middle": None, "low": 0, "high": -1}[place]
             choices = {gene: values[len(values) // 2 if index is None else index] for gene, values in genes.items()}
             if (space, choices) not in picks:
