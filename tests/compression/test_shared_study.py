@@ -18,6 +18,7 @@ from tests.compression.test_study import BASE, config_of, search
 
 pytestmark = [
     pytest.mark.e2e,
+    pytest.mark.slow,
     pytest.mark.skipif(postgres.programs() is None, reason="PostgreSQL is not installed (apt-get install postgresql)"),
 ]
 

@@ -8,6 +8,8 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +24,10 @@ from compression.errors import ArtifactError, CompressionError
 from compression.models import ModelSpec, build_model
 from compression.search import Prune, Scale, Study
 from compression.search.candidate import OnEpoch, digest_of
+from compression.search.filters import Inherited
 from compression.search.samplers import Nsga2, RandomSearch, Tpe
+from compression.search.scale import scale_model
+from compression.search.space import Operator
 from compression.search.study import run_study
 from compression.search.trials import COLUMNS, Latency, Score, TrialResult
 from compression.train import TrainConfig
@@ -55,14 +60,18 @@ def dataset_of(count: int = 24) -> Dataset:
     )
 
 
-def teacher_of(seed: int = 0) -> tuple[nn.Module, ModelSpec]:
-    spec = ModelSpec(
+def spec_of() -> ModelSpec:
+    return ModelSpec(
         model=BASE,
         num_classes=3,
         input_shape=(1, 12, 12),
         class_names=("a", "b", "c"),
         preprocessing=PREPROCESSING,
     )
+
+
+def teacher_of(seed: int = 0) -> tuple[nn.Module, ModelSpec]:
+    spec = spec_of()
     torch.manual_seed(seed)
     return build_model(spec).eval(), spec
 
@@ -250,6 +259,152 @@ def test_an_unusable_store_is_raised_and_the_trial_runs_again(tmp_path):
     assert trainer.calls[0][0] == 0
 
 
+@pytest.mark.parametrize("error", [MemoryError("no more"), RuntimeError("CUDA out of memory"), ArithmeticError("nan")])
+def test_a_trial_out_of_memory_or_diverged_is_a_row(tmp_path, error):
+    trainer = Trainer()
+
+    def fragile(model: nn.Module, number: int, folder: Path, on_epoch: OnEpoch) -> Score:
+        if number == 0:
+            raise error
+        return trainer(model, number, folder, on_epoch)
+
+    result = search(tmp_path, config_of(trials=3), train=fragile)
+    assert result.trials[0].state == "failed"
+    assert result.trials[0].reason == f"{type(error).__name__}: {error}"
+    assert len(trainer.calls) == 2
+
+
+def test_a_space_of_one_is_searched_once(tmp_path):
+    trainer = Trainer()
+    result = search(tmp_path, config_of(spaces=(Scale(base=BASE, widths=(1.0,)),), trials=5), train=trainer)
+    assert len(trainer.calls) == len(result.trials) == len(result.finalists) == 1
+    assert 0 < result.hypervolume < 1
+
+
+def test_an_impossible_budget_names_the_bound_and_how_near_the_best_came(tmp_path):
+    smallest = profile.macs(scale_model(SCALE, spec_of(), width=0.5, depth=0, seed=0)[0], (1, 12, 12))
+    budget = smallest // 2
+    with pytest.raises(CompressionError, match="The nearest, trial") as caught:
+        search(tmp_path, config_of(spaces=(SCALE,), max_macs=budget))
+    assert f"{smallest / budget - 1:.1%} over: macs {smallest} is over {budget}" in str(caught.value)
+    assert '"depth": 0, "width": 0.5' in str(caught.value)
+
+
+def test_a_latency_budget_may_be_a_share_of_the_teachers(tmp_path):
+    teacher, _ = teacher_of()
+    result = search(tmp_path, config_of(trials=9, max_latency_share=0.5), best_teacher="teacher")
+    limit = 0.5 * latency_ms(teacher)
+    complete = [trial for trial in result.trials if trial.state == "complete"]
+    over = [trial for trial in result.trials if trial.state == "infeasible"]
+    assert complete
+    assert over
+    assert all(trial.latency_p50_ms <= limit for trial in complete)
+    assert all(trial.latency_p50_ms > limit and trial.excess > 0 for trial in over)
+
+
+def test_objectives_decide_what_the_front_is_of(tmp_path):
+    def worse_when_larger(model: nn.Module, number: int, folder: Path, on_epoch: OnEpoch) -> Score:
+        del number, folder, on_epoch
+        return Score(0.5, ece=profile.params(model) / 1e6)
+
+    objectives = ("accuracy", "ece", "macs")
+    result = search(tmp_path, config_of(objectives=objectives), train=worse_when_larger, best_teacher="teacher")
+    complete = [trial for trial in result.trials if trial.state == "complete"]
+    least = min(complete, key=lambda trial: trial.ece)
+    assert least in [replace(trial, on_front=True) for trial in result.front]
+    assert all(trial.ece <= least.ece or trial.macs < least.macs for trial in result.front)
+    with pytest.raises(ValueError, match="with accuracy"):
+        config_of(objectives=("ece", "macs"))
+
+
+class Predicted:
+    """Predicts half of what the clock says."""
+
+    batch = 32
+
+    def predict_ms(self, model: nn.Module, input_shape: tuple[int, int, int]) -> float:
+        assert input_shape == (1, 12, 12)
+        return latency_ms(model) / 2
+
+    def operators_ms(self, operators: Sequence[Operator]) -> list[float]:
+        return [1.0] * len(operators)
+
+
+def test_predicted_latency_saves_the_clock_and_finalists_are_timed(tmp_path):
+    timed: list[float] = []
+
+    def clock(model: nn.Module) -> Latency:
+        timed.append(latency_ms(model))
+        return latency(model)
+
+    config = config_of(trials=9, latency="predicted", finalists=2)
+    result = search(tmp_path, config, latency=clock, latency_model=Predicted())
+    complete = [trial for trial in result.trials if trial.state == "complete"]
+    assert len(result.chosen) == 2
+    assert 2 <= len(timed) < len(complete)
+    assert all(trial.latency_p50_ms in timed for trial in result.chosen)
+    guessed = [trial for trial in complete if trial.latency_p50_ms == trial.latency_predicted_ms]
+    assert len(guessed) == len(complete) - len(timed)
+
+
+def test_a_finalist_over_budget_when_timed_makes_place_for_the_next(tmp_path):
+    teacher, _ = teacher_of()
+    limit = 0.6 * latency_ms(teacher)
+    config = config_of(trials=9, latency="predicted", max_latency_ms=limit)
+    result = search(tmp_path, config, latency_model=Predicted())
+    assert result.chosen[0].latency_p50_ms <= limit
+    fell = [trial for trial in result.trials if "when it was timed" in trial.reason]
+    assert fell
+    assert all(trial.state == "infeasible" and trial.latency_p50_ms > limit for trial in fell)
+    with pytest.raises(CompressionError, match="no latency model"):
+        search(tmp_path / "without", config)
+
+
+class ByWidth(Inherited):
+    """Higher for smaller networks."""
+
+    def score(self, model, spec, row, rows, shop) -> float | None:
+        assert row.latency_p50_ms is not None
+        assert not model.training
+        return None if row.macs is None else -float(row.macs)
+
+
+def test_filtered_candidates_are_rows_that_never_trained(tmp_path):
+    trainer = Trainer()
+    config = config_of(spaces=(SCALE,), trials=6).model_copy(update={"filter": ByWidth(keep=0.5, first=2)})
+    result = search(tmp_path, config, train=trainer)
+    filtered = [trial for trial in result.trials if trial.state == "filtered"]
+    trained = [trial for trial in result.trials if trial.state == "complete"]
+    assert filtered
+    assert all(trial.accuracy is None and "low among those so far" in trial.reason for trial in filtered)
+    assert len(trained) == len(trainer.calls)
+    assert {trial.score for trial in result.trials if trial.score is not None} >= {t.score for t in filtered}
+    for trial in filtered:
+        earlier = [t.score for t in result.trials if t.number < trial.number and t.score is not None]
+        assert sum(score > trial.score for score in earlier) >= 0.5 * (len(earlier) + 1)
+
+
+def test_a_trial_far_behind_its_rivals_is_stopped(tmp_path):
+    epochs: dict[int, int] = {}
+
+    def two_epochs(model: nn.Module, number: int, folder: Path, on_epoch: OnEpoch) -> Score:
+        largest = profile.params(model) > 20_000
+        for epoch in range(3):
+            epochs[number] = epoch + 1
+            on_epoch(0.2 if largest else 0.6 + 0.1 * epoch)
+        return Score(0.2 if largest else 0.9)
+
+    result = search(tmp_path, config_of(trials=9, stop_behind=0.1), train=two_epochs)
+    stopped = [trial for trial in result.trials if trial.state == "stopped"]
+    assert stopped
+    for trial in stopped:
+        assert epochs[trial.number] == 1
+        assert trial.curve == (0.2,)
+        assert "after epoch 1 is more than 0.1 below 0.6000" in trial.reason
+        assert not trial.on_front
+    assert not list((tmp_path / "trials" / "training").glob("*/*")), "step checkpoints are cleared"
+
+
 # --- resuming
 
 
@@ -331,6 +486,26 @@ def test_killed_in_a_trial_it_repeats_that_one_only_and_ends_the_same(tmp_path):
     assert [(row["space"], json.loads(row["choices"]), row["state"]) for row in after] == [
         (trial.space, trial.choices, trial.state) for trial in uninterrupted.trials
     ]
+
+
+def test_a_trial_that_takes_the_process_down_again_and_again_has_failed(tmp_path):
+    trainer = Trainer()
+    attempts: list[int] = []
+
+    def deadly(model: nn.Module, number: int, folder: Path, on_epoch: OnEpoch) -> Score:
+        if number == 1:
+            attempts.append(number)
+            raise KeyboardInterrupt  # nothing after it runs, as when the kernel ends the process
+        return trainer(model, number, folder, on_epoch)
+
+    for _ in range(3):
+        with pytest.raises(KeyboardInterrupt):
+            search(tmp_path, config_of(trials=3), train=deadly)
+    result = search(tmp_path, config_of(trials=3), train=deadly)
+    assert attempts == [1, 1, 1]
+    assert result.trials[1].state == "failed"
+    assert result.trials[1].reason == "the process ended 3 times while it ran; was it out of memory?"
+    assert [number for number, _ in trainer.calls] == [0, 2]
 
 
 def test_one_process_at_a_time(tmp_path):
