@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -201,15 +202,21 @@ def search(
         if database is None:
             shutil.copyfile(work.scratch / "study.db", draft.folder / "study.db")
     work.run.log_file(work.store.place(draft.done()) / "trials.csv", "search")
-    finalists = [f"{trial.space} {trial.choices}" for trial in result.chosen]
-    return StageOutput(
-        artifact=draft.done(),
-        metrics={
-            "trials": float(len(result.trials)),
-            "front": float(len(result.front)),
-            "hypervolume": result.hypervolume,
-            "finalist_accuracy": result.chosen[0].accuracy or 0.0,
-            "finalist_latency_p50_ms": result.chosen[0].latency_p50_ms or 0.0,
-        },
-        info={"finalists": finalists, "knee": result.knee.number},
-    )
+    metrics = {
+        "trials": float(len(result.trials)),
+        "front": float(len(result.front)),
+        "hypervolume": result.hypervolume,
+        "finalist_accuracy": result.chosen[0].accuracy or 0.0,
+        "finalist_latency_p50_ms": result.chosen[0].latency_p50_ms or 0.0,
+    }
+    info: dict[str, Any] = {
+        "finalists": [f"{trial.space} {trial.choices}" for trial in result.chosen],
+        "knee": result.knee.number,
+    }
+    if predictor is not None and (held := predictor.table.held_out) is not None:
+        metrics |= {"latency_model_median_error": held.median_error, "latency_model_kendall_tau": held.kendall_tau}
+    if (shop / "predictor.json").is_file():
+        info["predictor"] = json.loads((shop / "predictor.json").read_text())
+        found = {name: info["predictor"][name] for name in ("leave_one_out", "leave_one_study_out")}
+        metrics |= {f"predictor_{name}": float(value) for name, value in found.items() if value is not None}
+    return StageOutput(artifact=draft.done(), metrics=metrics, info=info)
