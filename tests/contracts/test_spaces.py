@@ -1,10 +1,15 @@
 """What every space of a search promises; a new one is a row of CASES."""
 
 import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import get_args
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from compression.card import MethodCard
 from compression.checkpoint import load_checkpoint, save_checkpoint
@@ -135,6 +140,47 @@ def test_candidate_is_rebuilt_from_its_checkpoint_and_from_its_choices(name, sho
     to_onnx(model, path, input_shape=(1, 8, 8), metadata={}, fast=True)
     (found,) = open_session(path, threads=1).run(None, {"images": images.numpy()})
     assert abs(torch.from_numpy(found) - logits).max() < 1e-4
+
+
+WITHOUT_LIBRARIES = """
+import sys
+for absent in ("torch_pruning", "optuna", "modelopt", "timm"):
+    sys.modules[absent] = None  # importing it fails
+from pathlib import Path
+import torch
+from safetensors.torch import load_file
+from compression.checkpoint import load_checkpoint
+from export.onnx_graph import to_onnx
+from export.timing import open_session
+
+torch.set_num_threads(1)
+for folder in sorted(Path(sys.argv[1]).iterdir()):
+    model, spec = load_checkpoint(folder)
+    kept = load_file(folder / "outputs")
+    with torch.no_grad():
+        assert torch.equal(model(kept["images"]), kept["logits"]), folder.name
+    to_onnx(model, folder / "model.onnx", input_shape=spec.input_shape, metadata={}, fast=True)
+    (found,) = open_session(folder / "model.onnx", threads=1).run(None, {"images": kept["images"].numpy()})
+    assert abs(torch.from_numpy(found) - kept["logits"]).max() < 1e-4, folder.name
+    print(folder.name)
+"""
+
+
+def test_all_are_rebuilt_and_exported_where_no_search_library_is_installed(shop, tmp_path):
+    """In a process of its own: a checkpoint is a spec and weights, bit for bit, whatever made it."""
+    images = torch.randn(5, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    names = [name for name in CASES if importlib.util.find_spec(NEEDS_EXTRA.get(name, "torch")) is not None]
+    with one_thread():
+        for name in names:
+            model, spec = CASES[name].build(last_choices(CASES[name], shop), shop)
+            save_checkpoint(model, spec, tmp_path / name)
+            with torch.no_grad():
+                save_file({"images": images, "logits": model(images)}, tmp_path / name / "outputs")
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), *sys.path])}
+    command = [sys.executable, "-c", WITHOUT_LIBRARIES, str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == sorted(names)
 
 
 @pytest.mark.parametrize("name", [name for name, space in CASES.items() if getattr(space, "parent", None)])
