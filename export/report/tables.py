@@ -109,7 +109,6 @@ PARITY = (
 TRIALS = (
     Column("number", "trial", "in the order they were tried"),
     Column("space", "space", "the search space it comes from"),
-    Column("choices", "choices", "what was chosen in that space"),
     BY_NAME["accuracy"],
     BY_NAME["latency_p50_ms"],
     Column("latency_predicted_ms", "predicted ms", "what the latency model said", "number"),
@@ -117,6 +116,7 @@ TRIALS = (
     BY_NAME["macs"],
     BY_NAME["size_bytes"],
     Column("score", "filter's score", "what was said before training; compare within a study", "number"),
+    Column("choices", "choices", "what was chosen in that space"),
 )
 
 STATES = {
