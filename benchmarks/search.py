@@ -14,6 +14,7 @@ WORK keeps everything, so that a later call adds arms and seeds to what is there
 """
 
 import argparse
+import csv
 import json
 import logging
 import time
@@ -277,7 +278,7 @@ def prepare(setting: Setting, recipe: Recipe, given: Path | None) -> None:
 def run_arm(setting: Setting, recipe: Recipe, name: str, seed: int) -> list[Final]:
     """Search, then the full distillation of the best within each budget; kept in WORK as it gets done."""
     torch.set_num_threads(1)
-    folder = setting.work / "arms" / f"{name.replace(', ', '-').replace(' ', '-')}-{seed}"
+    folder = setting.work / "arms" / f"{folder_name(name)}-{seed}"
     kept = folder / "finals.json"
     if kept.exists():
         return [Final(**row) for row in json.loads(kept.read_text())]
@@ -477,7 +478,7 @@ def timed(setting: Setting, finals: Sequence[Final], rounds: int) -> dict[tuple[
     keys = {}
     for final in finals:
         name = f"{final.arm}|{final.seed}|{final.budget:g}"
-        folder = setting.work / "arms" / f"{final.arm.replace(', ', '-').replace(' ', '-')}-{final.seed}"
+        folder = setting.work / "arms" / f"{folder_name(final.arm)}-{final.seed}"
         files[name] = folder / f"{final.budget:g}.onnx"
         keys[name] = (final.arm, final.seed, final.budget)
     job = BenchmarkJob(models=files, reference="teacher", batches=(setting.batch,), rounds=rounds, memory=False)
@@ -512,6 +513,55 @@ def table(setting: Setting, finals: Sequence[Final], ratios: Mapping[tuple[str, 
     return "\n".join(f"| {line} |" for line in lines)
 
 
+def repeat_winners(setting: Setting, recipe: Recipe, arm: str, seeds: Sequence[int]) -> list[dict[str, Any]]:
+    """For each budget the best trial of all seeds of an arm, by validation accuracy, distilled once with each seed."""
+    torch.set_num_threads(1)
+    dataset = open_dataset(setting.work / "data")
+    stored = [StoredOutputs.open(setting.work / "outputs")]
+    found: dict[float, tuple[Final, Path]] = {}
+    for path in sorted(setting.work.glob(f"arms/{folder_name(arm)}-*/finals.json")):
+        for row in json.loads(path.read_text()):
+            final = Final(**row)
+            best = found.get(final.budget)
+            if best is None or (final.trial_accuracy or 0.0) > (best[0].trial_accuracy or 0.0):
+                found[final.budget] = (final, path.parent)
+    kept = setting.work / "winners" / f"{folder_name(arm)}.json"
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    rows = json.loads(kept.read_text()) if kept.exists() else []
+    for seed in seeds:
+        for budget, (final, folder) in sorted(found.items()):
+            if any((row["seed"], row["budget"]) == (seed, budget) for row in rows):
+                continue
+            start = next(place for place in trials_of(folder) if same_choices(place, final))
+            model, spec = load_checkpoint(folder / "candidates" / f"trial-{int(start['number']):04d}")
+            distill(model, stored, dataset, distillation(setting.final), seed=seed, augment=recipe.augment)
+            path = kept.parent / f"{folder_name(arm)}-{budget:g}-{seed}.onnx"
+            to_onnx(model, path, input_shape=spec.input_shape, metadata={})
+            right = answers(path, dataset) == dataset.test.labels.numpy()
+            row = {"seed": seed, "budget": budget, "space": final.space, "choices": final.choices}
+            row |= {"ratio": final.searched_ratio, "macs": final.macs, "accuracy": 100 * float(right.mean())}
+            rows.append(row)
+            kept.write_text(json.dumps(rows, indent=1))
+            logger.info("winner of %s at %g, seed %d: %.2f %%", arm, budget, seed, row["accuracy"])
+    return rows
+
+
+def folder_name(arm: str) -> str:
+    """An arm's name as part of a path."""
+    return arm.replace(", ", "-").replace(" ", "-")
+
+
+def trials_of(folder: Path) -> list[dict[str, str]]:
+    """Rows of ``trials.csv``."""
+    with (folder / "candidates" / "trials.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def same_choices(row: Mapping[str, str], final: Final) -> bool:
+    """Whether a trial that was trained is the one behind a result."""
+    return row["state"] == "complete" and row["space"] == final.space and json.loads(row["choices"]) == final.choices
+
+
 MEASURES = {
     "uniform width": "spaces.scale",
     "prune, magnitude": "criteria.magnitude",
@@ -540,7 +590,7 @@ def measured(setting: Setting, finals: Sequence[Final]) -> list[dict[str, Any]]:
     right: dict[tuple[str, int], np.ndarray] = {}
     for final in finals:
         if final.budget == budget:
-            folder = setting.work / "arms" / f"{final.arm.replace(', ', '-').replace(' ', '-')}-{final.seed}"
+            folder = setting.work / "arms" / f"{folder_name(final.arm)}-{final.seed}"
             right[final.arm, final.seed] = np.load(folder / f"{budget:g}.npy")
     rows = []
     for arm, method in MEASURES.items():
@@ -656,6 +706,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write results here")
     parser.add_argument("--measured", type=Path, help="write records for compression/measured.json here")
     parser.add_argument("--table", action="store_true", help="train nothing: report what WORK has")
+    parser.add_argument(
+        "--repeat", metavar="ARM", help="distil the arm's best trial at each budget once per seed, then end"
+    )
     parser.add_argument("--ranking", type=int, metavar="N", help="rank N students by DisWOT and by training, then end")
     options = parser.parse_args()
     logging.basicConfig(level=logging.WARNING)
@@ -676,6 +729,9 @@ def main() -> None:
     prepare(setting, recipe, options.teacher)
     if options.ranking:
         print(json.dumps(ranking(setting, recipe, options.ranking), indent=1))
+        return
+    if options.repeat:
+        print(json.dumps(repeat_winners(setting, recipe, options.repeat, options.seeds), indent=1))
         return
     units = [(arm, seed) for seed in options.seeds for arm in options.only or ARMS]
     finals: list[Final] = []
