@@ -523,6 +523,8 @@ def repeat_winners(setting: Setting, recipe: Recipe, arm: str, seeds: Sequence[i
         for row in json.loads(path.read_text()):
             final = Final(**row)
             best = found.get(final.budget)
+            if final.arm != arm:
+                continue
             if best is None or (final.trial_accuracy or 0.0) > (best[0].trial_accuracy or 0.0):
                 found[final.budget] = (final, path.parent)
     kept = setting.work / "winners" / f"{folder_name(arm)}.json"
