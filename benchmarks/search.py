@@ -564,6 +564,13 @@ def same_choices(row: Mapping[str, str], final: Final) -> bool:
     return row["state"] == "complete" and row["space"] == final.space and json.loads(row["choices"]) == final.choices
 
 
+def cpu_per_seed(finals: Sequence[Final], arm: str) -> float:
+    """CPU seconds of an arm's search and trainings, mean over its seeds; 0 when it was not run."""
+    own = [final for final in finals if final.arm == arm]
+    searches = {final.seed: final.search_cpu for final in own}
+    return (sum(searches.values()) + sum(final.final_cpu for final in own)) / max(1, len(searches))
+
+
 MEASURES = {
     "uniform width": "spaces.scale",
     "prune, magnitude": "criteria.magnitude",
@@ -607,10 +614,7 @@ def measured(setting: Setting, finals: Sequence[Final]) -> list[dict[str, Any]]:
             pairs = [np.stack([right[name, seed] for seed in shared]) for name in (arm, base)]
             points, low, high = (round(number, 2) for number in interval(*pairs))
             gaps.append({"base": base, "points": points, "low": low, "high": high})
-        own = [final for final in finals if final.arm == arm]
-        spent = sum(final.final_cpu for final in own) + sum({f.seed: f.search_cpu for f in own}.values())
-        others = [final for final in finals if final.arm == "random search" and final.seed in seeds]
-        theirs = sum(final.final_cpu for final in others) + sum({f.seed: f.search_cpu for f in others}.values())
+        spent, theirs = cpu_per_seed(finals, arm), cpu_per_seed(finals, "random search")
         rows.append(
             {
                 "method": method,

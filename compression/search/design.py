@@ -38,7 +38,7 @@ class Design(Space):
         "are large and wide where they are small; weights start fresh.",
         needs="A zoo family; no trained parent.",
         cost="Nothing before training.",
-        evidence="Measured on Fashion-MNIST: see docs/benchmarks.md, search.",
+        evidence="Measured on Fashion-MNIST: better than uniform width by 1.2 points; see `measured`.",
     )
 
     @model_validator(mode="after")

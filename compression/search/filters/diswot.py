@@ -125,8 +125,8 @@ class Diswot(Filter):
         "gradients of their classifiers, and trains only candidates that come close.",
         needs="The best teacher's structure and labelled calibration images.",
         cost="A few forward passes of one batch per candidate; nothing is trained.",
-        evidence="The paper reports a search at least 180 times cheaper than one that trains. Not measured on our data "
-        "yet.",
+        evidence="The paper reports a search at least 180 times cheaper than one that trains. Measured on "
+        "Fashion-MNIST: over 32 students its Kendall tau with trained accuracy is -0.07, where MACs have 0.52.",
     )
 
     @model_validator(mode="after")

@@ -32,7 +32,7 @@ class Inherited(Filter):
         "better ones so far.",
         needs="Candidates that start with weights worth measuring: of a supernet, or lightly pruned.",
         cost="One forward pass over the validation split per candidate.",
-        evidence="Not measured on our data yet.",
+        evidence="Measured on Fashion-MNIST only as the filter of a supernet: see `measured` of space subnets.",
     )
 
     def score(

@@ -83,7 +83,7 @@ class Subnets(Space):
         cost="One training of the largest network, at about 2 + random_subnets forward and backward passes a step, "
         "once for each space; then a few forward passes per candidate.",
         evidence="The paper reports up to 2.7 times less compute at negligible loss for language models. "
-        "Not measured on our data yet.",
+        "Measured on Fashion-MNIST: see `measured`.",
     )
 
     @model_validator(mode="after")

@@ -106,7 +106,7 @@ class Tas(Space):
         needs="A plain or residual network, labels or teacher outputs, and for cost 'latency' the latency model.",
         cost="One supernet per target: two forward and backward passes a step, and a batch norm for every width.",
         evidence="The paper reports about 93.7 % for ResNet-56 on CIFAR-10 at 53 % less FLOPs. "
-        "Not measured on our data yet.",
+        "Measured on Fashion-MNIST: worse than random designs at equal latency; see `measured`.",
     )
 
     @model_validator(mode="after")
