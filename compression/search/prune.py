@@ -103,8 +103,8 @@ class Prune(Space):
         needs="A trained teacher whose operations can be traced; criteria 'taylor' and 'hessian' also labelled images, "
         "steps and order 'distil_prune' a schedule, target 'latency' a latency model.",
         cost="Seconds per candidate; with steps, a distillation between each two of them.",
-        evidence="Measured on Fashion-MNIST: with a ratio for each stage 2.0 points above uniform width at equal latency, "
-        "and 0.5 above one ratio for all; see `measured`.",
+        evidence="Measured on Fashion-MNIST: with a ratio for each stage 2.0 points above uniform width at equal "
+        "latency, and 0.5 above one ratio for all; see `measured`.",
     )
 
     @field_validator("ratios", "stage_ratios")
