@@ -55,8 +55,8 @@ class Tokens(Space):
         needs="A trained vision_transformer of the zoo with two blocks at least. Losses that compare feature maps need "
         "token counts that make a square, or as many in student and teacher.",
         cost="Nothing before training.",
-        evidence="For image retrieval the paper reports 42.7 % less latency of ViT-Small. Measured on Fashion-MNIST: with "
-        "a quarter of the tokens 0.6 points below three quarters of them, at 0.62 of their latency.",
+        evidence="For image retrieval the paper reports 42.7 % less latency of ViT-Small. Measured on Fashion-MNIST: "
+        "with a quarter of the tokens 0.6 points below three quarters of them, at 0.62 of their latency.",
     )
 
     @field_validator("keeps")
