@@ -128,6 +128,26 @@ def test_n2n_shrinks_a_teacher_and_leaves_its_policy(tmp_path):
     assert "auxiliary" in histories
 
 
+@pytest.mark.e2e
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_gated_networks_evolve_without_training_and_become_a_sparse_change_of_themselves(tmp_path):
+    gated = SMALL | {"kind": "gated_cnn"}
+    raw = searching(
+        spaces=[{"kind": "design", "base": gated, "widths": [[8, 16], [16, 24]]}],
+        sampler={"kind": "diswot_evolution", "population": 4, "cycles": 4, "tournament": 2},
+        filter={"kind": "inherited"},
+        trials=2,
+    )
+    raw["distill"]["procedure"] = {"kind": "sparse_finetuning"}
+    raw["sparsify"] = {"kind": "learned_nm", "train": {"epochs": 2, "batch_size": 64}}
+    rows = run(tmp_path, raw)
+    assert sum(row["state"] == "complete" for row in rows) == 2
+    assert "delta_share" in (newest(tmp_path) / "histories.json").read_text()
+    files = {row["id"]: row for row in rows_of(newest(tmp_path) / "comparison.csv")}
+    assert 0.4 < float(files["student-0.int8"]["nonzero_share"]) < 0.6
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
