@@ -100,7 +100,7 @@ class Ledger:
                 break
             except Exception as error:
                 if tries_left and self.shared and isinstance(error, IntegrityError | ProgrammingError | StorageError):
-                    wait(1.0)  # another worker is making the tables at this moment
+                    time.sleep(1.0)  # another worker is making the tables at this moment
                     continue
                 where = f"'{storage}'" if isinstance(storage, Path) else "database of the setting study_storage"
                 raise CompressionError(
@@ -281,7 +281,7 @@ class Ledger:
         made = self._sampler.optuna(seed)
         if made is not None:
             return made
-        return _Scripted(lambda: self._whole(*self._sampler.propose(drawn)), optuna)
+        return _scripted(lambda: self._whole(*self._sampler.propose(drawn)), optuna)
 
 
 def _opened_study(
@@ -306,7 +306,7 @@ def _opened_study(
     return storage, study
 
 
-def _Scripted(params: Callable[[], dict[str, Any]], optuna: Any) -> Any:  # noqa: N802
+def _scripted(params: Callable[[], dict[str, Any]], optuna: Any) -> Any:
     """A sampler that proposes what ``params`` says; asked once, and only when nothing is enqueued."""
 
     class Scripted(optuna.samplers.BaseSampler):
@@ -397,8 +397,3 @@ def opened(storage: Path | str, spaces: Mapping[str, Genes], **settings: Any) ->
             ledger.close()
     finally:
         lock.release()
-
-
-def wait(seconds: float) -> None:
-    """Sleep; a name of its own for tests."""
-    time.sleep(seconds)

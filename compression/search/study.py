@@ -8,6 +8,7 @@ import hashlib
 import json
 import logging
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,7 +35,7 @@ from compression.search.candidate import (
 from compression.search.filters import AnyFilter
 from compression.search.front import Prefer, choose_finalists, hypervolume, knee, pareto_front
 from compression.search.hopeless import Hopeless
-from compression.search.ledger import MOST_INTERRUPTIONS, Ledger, Proposal, drawn, first_trials, opened, wait
+from compression.search.ledger import MOST_INTERRUPTIONS, Ledger, Proposal, drawn, first_trials, opened
 from compression.search.priors import AnyPriors, Prior
 from compression.search.samplers import AnySampler, Nsga2, Situation
 from compression.search.space import LatencyModel, StartTraining, Workshop
@@ -220,7 +221,7 @@ def run_study(
                 on_trial(row)
         while ledger.shared and ledger.running_elsewhere():
             ledger.revive()
-            wait(POLL_SECONDS)
+            time.sleep(POLL_SECONDS)
         rows = ledger.rows(folder)
     return _result(config, rows, reference, candidates, fingerprint)
 
