@@ -220,7 +220,7 @@ class N2n(Sampler):
         needs="A space of kind 'shrink' and many trials; a policy of an earlier study helps.",
         cost="Under a second per proposal; one evaluation of the teacher.",
         evidence="The paper reports ResNet-34 compressed more than ten times at similar accuracy, after hundreds of "
-        "trainings. Not measured on our data yet.",
+        "trainings. Measured with one seed: see `measured`.",
     )
 
     def check(self, spaces: Mapping[str, Space], shop: Workshop) -> None:

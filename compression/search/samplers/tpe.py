@@ -23,7 +23,7 @@ class Tpe(Sampler):
         "their ratio is largest.",
         needs="Some outcomes; the first candidates are drawn.",
         cost="Milliseconds per proposal.",
-        evidence="Not measured on our data yet.",
+        evidence="Measured with one seed: see `measured`.",
     )
 
     @property
