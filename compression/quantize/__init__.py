@@ -1,6 +1,7 @@
 """INT8: placement, simulated rounding, fine-tuning and conversion."""
 
 from compression.quantize.annotator import SymmetricInt8
+from compression.quantize.number_format import NumberFormat
 from compression.quantize.prepared import FakeQuantized, Quantized, convert, prepare_qat
 from compression.quantize.qat import (
     Qat,
@@ -17,6 +18,7 @@ AnyQuantizer = Qat
 __all__ = [
     "AnyQuantizer",
     "FakeQuantized",
+    "NumberFormat",
     "Qat",
     "Quantized",
     "QuantizedStudent",

@@ -7,8 +7,9 @@ Batch norm after a convolution counts as part of it: it is folded into the weigh
 (Jacob et al. 2018, arXiv:1712.05877; Wu et al. 2020, arXiv:2004.09602).
 """
 
+import difflib
 from collections.abc import Iterator
-from typing import Literal
+from fnmatch import fnmatchcase
 
 import torch
 from torch.fx import GraphModule, Node
@@ -24,6 +25,7 @@ from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY
 
 from compression.errors import CompressionError
 from compression.quantize.folding import batch_norm
+from compression.quantize.number_format import INT8, NumberFormat
 from compression.quantize.rounding import SymmetricFakeQuantize
 
 _ATEN = torch.ops.aten
@@ -46,24 +48,19 @@ class SymmetricInt8(Quantizer):
     read it in float, so quantizing it would only cost accuracy. Their linear layers are INT8.
     """
 
-    def __init__(self, *, averaging: float = 0.01, weight_bits: Literal[7, 8] = 8) -> None:
-        """Set the number formats.
-
-        Args:
-            averaging: Weight of the newest batch in the moving ranges of activations, in (0, 1].
-            weight_bits: 8 uses -127..127. 7 uses -63..63, whose products with 8-bit activations can't
-                overflow the 16-bit sums of x86 CPUs without VNNI.
-        """
+    def __init__(self, number_format: NumberFormat = INT8) -> None:
+        """Set the number formats; 7-bit weights use -63..63, whose products with activations fit into 16 bits."""
+        self.keep_float = number_format.keep_float
         self.activation = QuantizationSpec(
             dtype=torch.int8,
             quant_min=-128,  # as ONNX saturates
             quant_max=127,
             qscheme=torch.per_tensor_symmetric,
             observer_or_fake_quant_ctr=SymmetricFakeQuantize.with_args(
-                observer=MovingAverageMinMaxObserver, averaging_constant=averaging, eps=SMALLEST_SCALE
+                observer=MovingAverageMinMaxObserver, averaging_constant=number_format.averaging, eps=SMALLEST_SCALE
             ),
         )
-        limit = 2 ** (weight_bits - 1) - 1
+        limit = 2 ** (number_format.weight_bits - 1) - 1
         self.weight = QuantizationSpec(
             dtype=torch.int8,
             quant_min=-limit,
@@ -79,7 +76,12 @@ class SymmetricInt8(Quantizer):
         )
 
     def annotate(self, model: GraphModule) -> GraphModule:
-        """Annotate every node of ``model`` that the placement covers; returns the same module."""
+        """Annotate every node of ``model`` that the placement covers; returns the same module.
+
+        Raises:
+            CompressionError: ``keep_float`` names a layer that isn't there.
+        """
+        self._check_names(layer_names(model))
         for node in model.graph.nodes:
             if node.op != "call_function":
                 continue
@@ -119,10 +121,22 @@ class SymmetricInt8(Quantizer):
     def _annotate_weighted(self, node: Node) -> bool:
         """Annotate input and weight; False for a weight that is computed, which stays float."""
         images, weight = node.all_input_nodes[:2]
-        if weight.op != "get_attr":
+        if weight.op != "get_attr" or self._stays_float(layer_name(weight)):
             return False
         _annotate(node, {images: self._activation_for(images), weight: self.weight})
         return True
+
+    def _stays_float(self, layer: str) -> bool:
+        return any(fnmatchcase(layer, pattern) for pattern in self.keep_float)
+
+    def _check_names(self, layers: list[str]) -> None:
+        for pattern in self.keep_float:
+            if not any(fnmatchcase(layer, pattern) for layer in layers):
+                close = difflib.get_close_matches(pattern, layers, n=3, cutoff=0.3) or layers[:3]
+                raise CompressionError(
+                    f"Layer '{pattern}' of keep_float has no match in the model, expected a name such as "
+                    f"{', '.join(close)}. Correct the name, or use * for any text."
+                )
 
     def _annotate_addition(self, node: Node) -> None:
         sides = node.all_input_nodes
@@ -134,6 +148,18 @@ class SymmetricInt8(Quantizer):
         if source.target in MAXIMA and Q_ANNOTATION_KEY in source.meta:
             return SharedQuantizationSpec((source.all_input_nodes[0], source))
         return self.activation
+
+
+def layer_name(weight: Node) -> str:
+    """The layer's path in the student, from the node that reads its weight."""
+    return str(weight.target).rpartition(".")[0]
+
+
+def layer_names(model: GraphModule) -> list[str]:
+    """Paths of the convolutions and linear layers of a captured graph, in the order they run."""
+    weighted = (node for node in model.graph.nodes if node.target in CONVOLUTIONS | LINEARS)
+    weights = (node.all_input_nodes[1] for node in weighted)
+    return list(dict.fromkeys(layer_name(weight) for weight in weights if weight.op == "get_attr"))
 
 
 def quantized_nodes(model: GraphModule) -> Iterator[Node]:

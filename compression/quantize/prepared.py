@@ -4,7 +4,6 @@ import copy
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +14,7 @@ from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_qat_pt
 from compression.errors import CheckpointError, CompressionError
 from compression.quantize.annotator import SymmetricInt8
 from compression.quantize.folding import batch_norm, fold_batch_norms, hide_batch_norms, show_batch_norms
+from compression.quantize.number_format import INT8, NumberFormat
 from compression.quantize.rounding import SymmetricFakeQuantize
 
 LOGGER = logging.getLogger(__name__)
@@ -93,9 +93,7 @@ def prepare_qat(
     model: nn.Module,
     input_shape: tuple[int, int, int],
     calibration: Tensor | None,
-    *,
-    averaging: float = 0.01,
-    weight_bits: Literal[7, 8] = 8,
+    number_format: NumberFormat = INT8,
 ) -> FakeQuantized:
     """A copy of ``model`` with fake-quantizers, calibrated, in eval mode; the model stays as it is.
 
@@ -104,11 +102,11 @@ def prepare_qat(
         input_shape: Channels, height, width.
         calibration: Normalised images [N, C, H, W] that set the first activation ranges: the mean over
             batches of 64 of the extremes. None only before loading a state.
-        averaging: See ``SymmetricInt8``.
-        weight_bits: See ``SymmetricInt8``.
+        number_format: Bits, ranges, and the layers that stay in float.
 
     Raises:
-        CompressionError: the model can't be captured as a graph, or has nothing to quantize.
+        CompressionError: the model can't be captured as a graph, has nothing to quantize, or lacks a layer that
+            ``keep_float`` names.
     """
     # Eval mode: what else depends on the mode (stochastic depth) would be captured with its randomness.
     source = copy.deepcopy(model).eval()
@@ -125,7 +123,7 @@ def prepare_qat(
             f"Model '{type(model).__name__}' has code torch.export can't capture ({first}), expected a"
             " static graph. Leave the quantize stage out for it."
         ) from error
-    quantizer = SymmetricInt8(averaging=averaging, weight_bits=weight_bits)
+    quantizer = SymmetricInt8(number_format)
     graph = program.module()
     if not isinstance(graph, GraphModule):
         raise CompressionError(
@@ -165,9 +163,7 @@ def load_prepared(
     path: Path,
     model: nn.Module,
     input_shape: tuple[int, int, int],
-    *,
-    averaging: float = 0.01,
-    weight_bits: Literal[7, 8] = 8,
+    number_format: NumberFormat = INT8,
 ) -> FakeQuantized:
     """The prepared model that ``save_prepared`` wrote, bit for bit; ``model`` gives the architecture.
 
@@ -177,7 +173,7 @@ def load_prepared(
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    prepared = prepare_qat(model, input_shape, None, averaging=averaging, weight_bits=weight_bits)
+    prepared = prepare_qat(model, input_shape, None, number_format)
     try:
         prepared.load_state_dict(load_file(path))
     except (OSError, SafetensorError, RuntimeError) as error:

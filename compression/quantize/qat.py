@@ -18,6 +18,7 @@ from compression.data import Dataset, without_labels
 from compression.distill import DistillationStep, DistillConfig, Kd, Ofa, check_panel
 from compression.errors import CheckpointError
 from compression.metrics import Metrics, evaluate
+from compression.quantize.number_format import NumberFormat
 from compression.quantize.prepared import (
     FakeQuantized,
     Quantized,
@@ -28,7 +29,6 @@ from compression.quantize.prepared import (
 )
 from compression.sparsify.nm import apply_masks, masks_of_zeros
 from compression.train import History, StepFn, TrainConfig, fit
-from compression.types import Frozen
 
 if TYPE_CHECKING:
     from compression.teacher_outputs import StoredOutputs
@@ -37,16 +37,12 @@ STATE_FILE = "quantized.safetensors"
 CONFIG_FILE = "quantizer.json"
 
 
-class Qat(Frozen):
+class Qat(NumberFormat):
     """INT8 by fine-tuning with simulated rounding; one trained model serves every INT8 target."""
 
     kind: Literal["qat"] = "qat"
     train: TrainConfig = TrainConfig(epochs=2, learning_rate=3e-4)
     """Schedule; a tenth of the student's steps at a tenth of its learning rate is usual."""
-    weight_bits: Literal[7, 8] = 8
-    """7 is exact on the fastest kernels of x86 CPUs without VNNI too, at half the resolution."""
-    averaging: Annotated[float, Field(gt=0, le=1)] = 0.01
-    """Weight of the newest batch in the moving ranges of activations."""
     calibration_images: PositiveInt = 512
     """At most this many images of the calibration split set the first ranges."""
     freeze_share: Annotated[float, Field(ge=0, lt=1)] = 1 / 3
@@ -108,8 +104,7 @@ def qat(
         student,
         dataset.input_shape,
         normalise(images, dataset.preprocessing),
-        averaging=config.averaging,
-        weight_bits=config.weight_bits,
+        config,
     )
     zeros = masks_of_zeros(student)  # the captured graph has the student's names
 
@@ -241,7 +236,6 @@ def load_quantized(folder: Path) -> StoredStudent:
         folder / STATE_FILE,
         model,
         spec.input_shape,
-        averaging=config.averaging,
-        weight_bits=config.weight_bits,
+        config,
     )
     return StoredStudent(prepared)

@@ -19,6 +19,7 @@ from compression.errors import CheckpointError, CompressionError
 from compression.models import ModelSpec
 from compression.quantize import (
     FakeQuantized,
+    NumberFormat,
     Qat,
     convert,
     load_quantized,
@@ -72,7 +73,7 @@ def images(count: int, seed: int = 2) -> Tensor:
 
 
 def prepared_for(family: str, **options) -> FakeQuantized:
-    return prepare_qat(lively(FAMILIES[family].build(4, SHAPE)), SHAPE, images(32), **options)
+    return prepare_qat(lively(FAMILIES[family].build(4, SHAPE)), SHAPE, images(32), NumberFormat(**options))
 
 
 def train_steps(model: FakeQuantized, steps: int) -> None:
