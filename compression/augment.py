@@ -68,7 +68,47 @@ class ShiftFlip(Frozen):
         return partial(_shift_flip, pad=self.pad, flip=self.flip)
 
 
-AnyAugment = NoAugment | ShiftFlip
+class Robust(Frozen):
+    """Change a share of the views in ways that resemble bad cameras; what teachers say comes from the clean view."""
+
+    kind: Literal["robust"] = "robust"
+    base: NoAugment | ShiftFlip = ShiftFlip()
+    """The clean view: what the changes start from, and what stored teachers look at."""
+    share: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """Part of the views that are changed; the others are clean."""
+    strength: Annotated[int, Field(ge=1, le=10)] = 3
+    """How much at most; 10 turns by 30 degrees."""
+    chains: Annotated[int, Field(ge=1, le=8)] = 3
+    """Changed copies that are mixed with the image."""
+
+    card: ClassVar[MethodCard] = MethodCard(
+        name="Robust views (AugMix)",
+        paper="Jain et al. 2023, Efficiently Robustify Pre-Trained Models, arXiv:2309.07499, in a lite form of ours; "
+        "the changes after Hendrycks et al. 2020, AugMix, arXiv:1912.02781",
+        summary="Half of what a student sees is mixed with turned, sheared, zoomed, posterised and solarised copies, "
+        "while the teachers' answers are those to the clean view. Teachers that are trained under it become robust "
+        "themselves. Noise, blur, contrast, occlusion and shift, which robustness is measured with, are not among the "
+        "changes.",
+        needs="Stored outputs: teachers that run live see what the student sees. Images whose class a turn of a few "
+        "degrees does not change.",
+        cost="A resampling per chain of the changed views; teacher outputs of the clean views serve.",
+        evidence="Not measured on our data yet.",
+    )
+
+    def build(self) -> AugmentFn:
+        """Return the function that makes the clean view and changes some."""
+        from compression.robustness.chains import mixed_chains
+
+        change = partial(mixed_chains, strength=self.strength, width=self.chains)
+        return partial(_changed_in_part, base=self.base.build(), change=change, share=self.share)
+
+
+AnyAugment = NoAugment | ShiftFlip | Robust
+
+
+def clean_part(config: AnyAugment) -> NoAugment | ShiftFlip:
+    """The augmentation of the views that stored teachers look at: the same without changes of :class:`Robust`."""
+    return config.base if isinstance(config, Robust) else config
 
 
 def augment(images: Tensor, ids: Tensor, *, view: int, seed: int, config: AnyAugment) -> Tensor:
@@ -95,12 +135,16 @@ def sample_words(ids: Tensor, *, view: int, seed: int) -> np.ndarray:
     words = ids.detach().cpu().numpy().astype(np.uint64)
     words *= np.uint64(_GOLDEN)
     words += key
-    words ^= words >> np.uint64(30)
-    words *= np.uint64(_MIX_1)
-    words ^= words >> np.uint64(27)
-    words *= np.uint64(_MIX_2)
-    words ^= words >> np.uint64(31)
-    return words
+    return _mixed(words)
+
+
+def uniform_numbers(words: np.ndarray, count: int) -> np.ndarray:
+    """Return ``count`` uniform numbers in (0, 1) for each random word uint64 [B], float64 [B,count].
+
+    Row i is a function of ``words[i]`` alone.
+    """
+    steps = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(_GOLDEN)
+    return ((_mixed(words[:, None] + steps) >> np.uint64(12)) + 0.5) * 2.0**-52
 
 
 def normalise(images: Tensor, preprocessing: Preprocessing) -> Tensor:
@@ -129,6 +173,26 @@ def _mix_int(value: int) -> int:
     value = ((value ^ (value >> 30)) * _MIX_1) & _MASK
     value = ((value ^ (value >> 27)) * _MIX_2) & _MASK
     return value ^ (value >> 31)
+
+
+def _mixed(words: np.ndarray) -> np.ndarray:
+    """The same for arrays, in place, of words that differ by multiples of the golden ratio."""
+    words ^= words >> np.uint64(30)
+    words *= np.uint64(_MIX_1)
+    words ^= words >> np.uint64(27)
+    words *= np.uint64(_MIX_2)
+    words ^= words >> np.uint64(31)
+    return words
+
+
+def _changed_in_part(images: Tensor, words: np.ndarray, *, base: AugmentFn, change: AugmentFn, share: float) -> Tensor:
+    clean, (chosen,) = base(images, words), np.nonzero(uniform_numbers(words, 1)[:, 0] < share)
+    if len(chosen) == 0:
+        return clean
+    rows = torch.from_numpy(chosen).to(images.device)
+    result = clean.clone()
+    result[rows] = change(clean[rows], words[chosen])
+    return result
 
 
 def _identity(images: Tensor, words: np.ndarray) -> Tensor:

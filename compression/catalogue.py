@@ -7,7 +7,9 @@ from compression.types import Frozen
 
 def catalogue() -> dict[str, list[type[Frozen]]]:
     """Return kind of method -> its config classes, in the order of the unions; each carries a ``card``."""
+    from compression.attention import AttentionConfig
     from compression.augment import AnyAugment
+    from compression.calibration import Calibrate
     from compression.distill.losses import AnyLoss
     from compression.distill.merging import AnyMerge
     from compression.distill.online import AnyOnline
@@ -15,6 +17,8 @@ def catalogue() -> dict[str, list[type[Frozen]]]:
     from compression.distill.samplers import AnySampler
     from compression.distill.teachers import AnyCombination
     from compression.quantize import AnyQuantizer
+    from compression.quantize.sensitivity import SensitivityConfig
+    from compression.robustness.accuracy import RobustnessConfig
     from compression.search import AnyFilter, AnyPriors, AnySearch, AnySpace
     from compression.search import AnySampler as AnyProposer
     from compression.search.criteria import AnyCriterion
@@ -39,6 +43,8 @@ def catalogue() -> dict[str, list[type[Frozen]]]:
         "augmenters": [*members(AnyAugment), *members(AnyOnline)],
         "sparsifiers": members(AnySparsifier),
         "quantizers": members(AnyQuantizer),
+        "sensitivity": [SensitivityConfig],
+        "evidence": [Calibrate, RobustnessConfig, AttentionConfig],
     }
 
 

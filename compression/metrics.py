@@ -1,8 +1,9 @@
-"""The same few numbers at every stage: accuracy, nll, ece, brier and the worst class.
+"""The same few numbers at every stage: accuracy, nll, calibration errors, brier and the worst class.
 
 Legend: N samples, C classes.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import chain
@@ -41,6 +42,10 @@ class Metrics(Frozen):
     """Accuracy on the class where it is lowest, among the classes that occur."""
     num_samples: int
     """Number of samples behind these numbers."""
+    ece_adaptive: Share | None = None
+    """The same error in 15 bins of equally many samples; none where an older result did not measure it."""
+    ece_classwise: Share | None = None
+    """The error of every class probability, mean over classes; none where an older result did not measure it."""
 
 
 def metrics_of(logits: Tensor, labels: Tensor) -> Metrics:
@@ -50,37 +55,69 @@ def metrics_of(logits: Tensor, labels: Tensor) -> Metrics:
         ShapeError: shapes do not fit, or there are no samples.
         CompressionError: some logits are not finite.
     """
-    from torchmetrics.functional.classification import (
-        multiclass_calibration_error,
-        multiclass_confusion_matrix,
+    logits, labels = checked(logits, labels)
+    probs = logits.softmax(dim=1)
+    one_hot = F.one_hot(labels, logits.shape[1])
+    gaps = [count * abs(confidence - accuracy) for confidence, accuracy, count in reliability(logits, labels)]
+    return Metrics(
+        accuracy=float((logits.argmax(dim=1) == labels).double().mean()),
+        nll=float(F.cross_entropy(logits, labels)),
+        ece=min(1.0, math.fsum(gaps) / len(labels)),
+        brier=float((probs - one_hot).square().sum(dim=1).mean()),
+        worst_class_accuracy=min(share for share in per_class_accuracy(logits, labels) if share is not None),
+        num_samples=len(labels),
+        ece_adaptive=adaptive_ece(logits, labels),
+        ece_classwise=classwise_ece(logits, labels),
     )
 
-    logits, labels = _checked(logits, labels)
-    num_classes = logits.shape[1]
+
+def adaptive_ece(logits: Tensor, labels: Tensor, bins: int = ECE_BINS) -> float:
+    """Calibration error of the confidence in bins of equally many samples, 0..1.
+
+    Equal-mass bins after Nguyen and O'Connor 2015 (arXiv:1508.05154) and Nixon et al. 2019 (arXiv:1904.01685): where
+    nearly all samples are confident, equal-width bins put them all into one. Samples of equal confidence share a bin,
+    the one of the first of them, so that the order of samples changes nothing.
+    """
+    logits, labels = checked(logits, labels)
+    confidence, predicted = logits.softmax(dim=1).max(dim=1)
+    _, group, sizes = confidence.unique(return_inverse=True, return_counts=True)
+    rank = (sizes.cumsum(0) - sizes)[group]
+    bin_of = rank * bins // len(labels)
+    gap = torch.bincount(bin_of, weights=confidence - (predicted == labels).double(), minlength=bins)
+    return min(1.0, float(gap.abs().sum()) / len(labels))
+
+
+def classwise_ece(logits: Tensor, labels: Tensor, bins: int = ECE_BINS) -> float:
+    """Calibration error of the probability of each class in bins of equal width, mean over classes, 0..1.
+
+    The static calibration error of Nixon et al. 2019 (arXiv:1904.01685): it sees the probabilities of classes that
+    were not predicted too, which the ECE does not.
+    """
+    logits, labels = checked(logits, labels)
     probs = logits.softmax(dim=1)
-    confusion = multiclass_confusion_matrix(logits.argmax(dim=1), labels, num_classes=num_classes).double()
-    counts = confusion.sum(dim=1)
-    per_class = confusion.diagonal()[counts > 0] / counts[counts > 0]
-    ece = multiclass_calibration_error(
-        probs, labels, num_classes=num_classes, n_bins=ECE_BINS, norm="l1", validate_args=False
-    )
-    one_hot = F.one_hot(labels, num_classes)
-    return Metrics(
-        accuracy=float(confusion.diagonal().sum() / counts.sum()),
-        nll=float(F.cross_entropy(logits, labels)),
-        ece=min(1.0, float(ece)),
-        brier=float((probs - one_hot).square().sum(dim=1).mean()),
-        worst_class_accuracy=float(per_class.min()),
-        num_samples=len(labels),
-    )
+    num_classes = probs.shape[1]
+    bin_of = (probs * bins).ceil().clamp(1, bins).long() - 1
+    cell = bin_of + bins * torch.arange(num_classes)
+    gap = probs - F.one_hot(labels, num_classes)
+    sums = torch.bincount(cell.flatten(), weights=gap.flatten(), minlength=bins * num_classes)
+    return min(1.0, float(sums.abs().sum()) / (len(labels) * num_classes))
+
+
+def per_class_accuracy(logits: Tensor, labels: Tensor) -> list[float | None]:
+    """Accuracy on each class, in the order of the logits; none for a class that does not occur."""
+    logits, labels = checked(logits, labels)
+    num_classes = logits.shape[1]
+    counts = torch.bincount(labels, minlength=num_classes)
+    right = torch.bincount(labels[logits.argmax(dim=1) == labels], minlength=num_classes)
+    return [int(r) / int(n) if n else None for r, n in zip(right, counts, strict=True)]
 
 
 def reliability(logits: Tensor, labels: Tensor, bins: int = ECE_BINS) -> list[tuple[float, float, int]]:
     """Return (mean confidence, accuracy, count) per non-empty bin of confidence, lowest bin first.
 
-    Bins are (i/bins, (i+1)/bins], so that the weighted gaps add up to the ECE of :func:`metrics_of`.
+    Bins are (i/bins, (i+1)/bins], so that the weighted gaps are the ECE of :func:`metrics_of`.
     """
-    logits, labels = _checked(logits, labels)
+    logits, labels = checked(logits, labels)
     confidence, predicted = logits.softmax(dim=1).max(dim=1)
     correct = (predicted == labels).double()
     bin_of = (confidence * bins).ceil().clamp(1, bins).long() - 1
@@ -156,7 +193,13 @@ def evaluating(model: nn.Module | PredictFn) -> Iterator[torch.device]:
                 module.training = mode
 
 
-def _checked(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def checked(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits as float64 [N,C] and labels as int64 [N], on the CPU.
+
+    Raises:
+        ShapeError: shapes do not fit, or there are no samples.
+        CompressionError: some logits are not finite, or some labels are no class.
+    """
     if logits.ndim != 2 or labels.ndim != 1 or len(logits) != len(labels) or len(labels) == 0:
         raise ShapeError(
             f"Logits and labels have shapes {list(logits.shape)} and {list(labels.shape)}, expected [N, C] and [N] "
@@ -169,4 +212,11 @@ def _checked(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
             f"Logits have {int((~finite).sum())} of {len(logits)} rows that are not finite (first: row {first}), "
             "expected finite numbers. The model diverged or overflowed: lower the learning rate, or use float32."
         )
-    return logits.detach().to("cpu", torch.float64), labels.detach().to("cpu", torch.int64)
+    logits, labels = logits.detach().to("cpu", torch.float64), labels.detach().to("cpu", torch.int64)
+    foreign = (labels < 0) | (labels >= logits.shape[1])
+    if bool(foreign.any()):
+        raise CompressionError(
+            f"Labels have {int(foreign.sum())} of {len(labels)} values outside 0..{logits.shape[1] - 1} (first: "
+            f"{int(labels[foreign][0])}), expected a class of the logits. Measure on a split that has labels."
+        )
+    return logits, labels

@@ -11,10 +11,10 @@ from typing import Annotated, Literal
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor, nn
 
-from compression.augment import AnyAugment, augment, normalise
+from compression.augment import AnyAugment, augment, clean_part, normalise
 from compression.data.dataset import Dataset, Split, with_pool
 from compression.errors import CompressionError
 from compression.features import frozen, penultimate
@@ -33,11 +33,16 @@ class OutputsSpec(Frozen):
     seed: int
     """Of the views."""
     augment: AnyAugment
-    """Of the views."""
+    """Of the views; of an augmentation that changes some of them its clean part, which is what teachers look at."""
     features: bool = False
     """Store penultimate features of every view too; losses that compare features need them."""
     classes: tuple[str, ...] | None = None
     """Names of the classes that the teacher knows; the logits of all others are stored as ``UNKNOWN``."""
+
+    @field_validator("augment")
+    @classmethod
+    def _clean(cls, augment: AnyAugment) -> AnyAugment:
+        return clean_part(augment)
 
 
 def write_teacher_outputs(

@@ -26,6 +26,8 @@ class TrainFromScratch(Frozen):
     kind: Literal["train"] = "train"
     train: TrainConfig
     """Schedule of the training."""
+    augment: AnyAugment | None = None
+    """Augmentation of this teacher's own training, say robust views for one of several; the recipe's when None."""
 
     card: ClassVar[MethodCard] = MethodCard(
         name="Teacher trained by the recipe",
@@ -185,7 +187,7 @@ def obtain_teacher(
         dataset,
         teacher.source.train,
         seed=seed,
-        augment=augment,
+        augment=augment if teacher.source.augment is None else teacher.source.augment,
         views=None,
         checkpoint_dir=checkpoint_dir,
         on_epoch=on_epoch,

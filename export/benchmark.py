@@ -14,7 +14,7 @@ import platform
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated
@@ -61,6 +61,8 @@ class BenchmarkJob(Frozen):
     """Draws the inputs and the order within the rounds."""
     memory: bool = True
     """Also start each model in a fresh process for its peak memory, load and first-inference time."""
+    shapes: dict[str, tuple[PositiveInt, ...]] = {}
+    """Input -> all its sizes, for inputs with open sizes beyond the batch; the first size gives way to the batch."""
 
     @model_validator(mode="after")
     def _reference_is_a_model(self) -> "BenchmarkJob":
@@ -72,10 +74,18 @@ class BenchmarkJob(Frozen):
         return self
 
 
-def run_benchmark(job: BenchmarkJob, folder: Path) -> BenchmarkResult:
+def run_benchmark(
+    job: BenchmarkJob, folder: Path, *, on_progress: Callable[[int, int], object] | None = None
+) -> BenchmarkResult:
     """Times the job in its own process; writes ``latency.json`` and ``latency_raw.csv`` into ``folder``.
 
-    A model that cannot be loaded or run is named in ``failures`` and does not stop the others.
+    A model that cannot be loaded or run is named in ``failures`` and does not stop the others, not even by taking its
+    process with it (where ``memory`` is asked for: each model then runs alone before it runs beside the others).
+
+    Args:
+        job: What to time.
+        folder: Where the results go.
+        on_progress: Called with (rounds done, rounds in all).
 
     Raises:
         ExportError: A file is missing, the reference itself failed, or the timing process died.
@@ -85,31 +95,53 @@ def run_benchmark(job: BenchmarkJob, folder: Path) -> BenchmarkResult:
             raise ExportError(f"Model '{name}' has no file at '{path}', expected an ONNX file. Export it first.")
     folder.mkdir(parents=True, exist_ok=True)
     raw_path = folder / "latency_raw.csv"
-    entrants = {**job.models, job.reference + AGAIN: job.models[job.reference]}
+    memory, failures = _probes(job) if job.memory else ({}, {})
+    _refuse_dead_reference(job, failures)
+    entrants = {name: path for name, path in job.models.items() if name not in failures}
+    entrants[job.reference + AGAIN] = job.models[job.reference]
     request = job.model_dump(mode="json") | {"entrants": {name: str(path) for name, path in entrants.items()}}
     with tempfile.TemporaryDirectory() as scratch:
         job_path, out_path = Path(scratch, "job.json"), Path(scratch, "out.json")
         job_path.write_text(json.dumps(request))
-        _run_child("time", str(job_path), str(out_path), str(raw_path), threads=job.threads)
+        run_child(
+            "time", str(job_path), str(out_path), str(raw_path), threads=job.threads, on_line=_progress(on_progress)
+        )
         facts = json.loads(out_path.read_text())
-    failures: dict[str, str] = {k: v for k, v in facts["failures"].items() if not k.endswith(AGAIN)}
-    if job.reference in failures:
-        raise ExportError(f"Reference '{job.reference}' cannot be timed: {failures[job.reference]}")
-    memory: dict[str, dict[str, float]] = {}
-    samples = read_raw(raw_path)
-    for name in sorted({name for name, _ in samples} & set(job.models)) if job.memory else ():
-        try:
-            memory[name] = json.loads(_run_child("probe", str(job.models[name]), str(job.threads), threads=job.threads))
-        except ExportError as error:  # it was timed, so its row stands; only its memory is unknown
-            failures.setdefault(name, str(error))
-    result = summarize(job, samples, memory=memory, failures=failures)
+    failures |= {name: why for name, why in facts["failures"].items() if not name.endswith(AGAIN)}
+    _refuse_dead_reference(job, failures)
+    result = summarize(job, read_raw(raw_path), memory=memory, failures=failures)
     result = result.model_copy(
         update={"environment": environment(job) | {k: facts[k] for k in ("load_before", "load_after")}}
     )
     (folder / "latency.json").write_text(result.model_dump_json(indent=2))
+    timed = {row.model for row in result.rows}
     for name, why in failures.items():
-        logger.warning("benchmark: model '%s' could not be timed: %s", name, why)
+        level = logging.INFO if name in timed else logging.WARNING  # timed at another batch size
+        logger.log(level, "benchmark: model '%s' could not be timed: %s", name, why)
     return result
+
+
+def _probes(job: BenchmarkJob) -> tuple[dict[str, dict[str, float]], dict[str, str]]:
+    """Memory and load time of each model from a process of its own, and why there are none."""
+    memory, failures = {}, {}
+    for name, path in job.models.items():
+        try:
+            said = run_child("probe", str(path), str(job.threads), json.dumps(job.shapes), threads=job.threads)
+            memory[name] = json.loads(said)
+        except ExportError as error:
+            failures[name] = str(error)
+    return memory, failures
+
+
+def _refuse_dead_reference(job: BenchmarkJob, failures: dict[str, str]) -> None:
+    if job.reference in failures:
+        raise ExportError(f"Reference '{job.reference}' cannot be timed: {failures[job.reference]}")
+
+
+def _progress(on_progress: Callable[[int, int], object] | None) -> Callable[[str], object] | None:
+    if on_progress is None:
+        return None
+    return lambda line: on_progress(*map(int, line.split()))
 
 
 def summarize(
@@ -176,24 +208,32 @@ def _version_of(*names: str) -> str:
     return "unknown"
 
 
-def _run_child(*arguments: str, threads: int) -> str:
+def run_child(*arguments: str, threads: int, on_line: Callable[[str], object] | None = None) -> str:
+    """What ``python -m export.timing ARGUMENTS`` prints; every line goes to ``on_line`` when it is there.
+
+    Raises:
+        ExportError: The process failed; the message has its last words.
+    """
     env = os.environ | {
         "OMP_NUM_THREADS": str(threads),
         "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
     }
-    done = subprocess.run(
-        [sys.executable, "-m", "export.timing", *arguments],
-        capture_output=True,
-        text=True,
-        env=env,
-        check=False,
-    )
-    if done.returncode:
+    command = [sys.executable, "-m", "export.timing", *arguments]
+    said = []
+    with tempfile.TemporaryFile("w+") as last_words:
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=last_words, text=True, env=env) as process:
+            for line in process.stdout or ():
+                said.append(line)
+                if on_line is not None:
+                    on_line(line)
+        last_words.seek(0)
+        wrong = last_words.read().strip()
+    if process.returncode:
         raise ExportError(
-            f"Timing process '{arguments[0]}' has exit code {done.returncode}, expected 0. "
-            f"Its last words: {done.stderr.strip()[-800:]}"
+            f"Timing process '{arguments[0]}' has exit code {process.returncode}, expected 0. "
+            f"Its last words: {(wrong.splitlines() or ['none'])[-1][-800:]}"
         )
-    return done.stdout
+    return "".join(said)
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -1,14 +1,11 @@
 """What is known about one exported file when the gate decides; ``None`` always means "not measured"."""
 
-from typing import Literal
-
 from torch import Tensor
 
 from compression.statistics import Interval, accuracy_drop
 from compression.types import Frozen
 from export.latency import BenchmarkResult
-
-Precision = Literal["float32", "float16", "int8"]
+from export.profiles import Form
 
 
 class Evidence(Frozen):
@@ -18,7 +15,7 @@ class Evidence(Frozen):
     """The target this file was built for."""
     candidate: str
     """Name of the file in the tables, e.g. ``student-int8``."""
-    precision: Precision
+    precision: Form
     ran: bool = True
     """False for an engine that was built but could not be run on this machine."""
 
@@ -35,6 +32,8 @@ class Evidence(Frozen):
     """Chance of a difference this large if both were equally good; for the reader, not for the decision."""
     worst_class_drop: Interval | None = None
     """The largest drop any one class suffers."""
+    robust_gap_increase: Interval | None = None
+    """How much wider the gap between clean and corrupted accuracy is than the teacher's, paired."""
     ece: float | None = None
     teacher_ece: float | None = None
 

@@ -30,12 +30,15 @@ class Policy(Frozen):
     """Most accuracy any single class may lose to the best teacher."""
     max_ece_increase: Share | None = 0.02
     """Most calibration error (ECE) a student may add to the best teacher's."""
+    max_robust_gap_increase: Share | None = None
+    """Most accuracy a file may lose on corrupted images beyond what it loses on clean ones; 0.02 is two points."""
     max_flips_float32: Share | None = 0.001
     """Largest share of answers a float32 file may give differently from the torch model."""
     max_flips_float16: Share | None = 0.005
     """The same for a float16 file."""
     max_flips_int8: Share | None = 0.01
-    """The same for an int8 file, against the quantization-aware model it came from."""
+    """The same for an int8 file, against the quantized model it came from; and for narrower ones, against the float
+    model."""
     faster_than_parent: bool = True
     """The file must be faster than its parent by more than the noise floor."""
     max_latency_p95_ms: PositiveFloat | None = None
@@ -154,6 +157,13 @@ def _accuracy(policy: Policy, evidence: Evidence) -> Iterator[Check]:
         policy.max_worst_class_drop,
         "The accuracy the worst class lost to the best teacher",
     )
+    if policy.max_robust_gap_increase is not None or evidence.robust_gap_increase is not None:
+        yield _limit(
+            "robustness",
+            evidence.robust_gap_increase,
+            policy.max_robust_gap_increase,
+            "The accuracy lost on corrupted images beyond that lost on clean ones",
+        )
     increase = None
     if evidence.ece is not None and evidence.teacher_ece is not None:
         increase = evidence.ece - evidence.teacher_ece
@@ -167,11 +177,12 @@ def _accuracy(policy: Policy, evidence: Evidence) -> Iterator[Check]:
 
 
 def _parity(policy: Policy, evidence: Evidence) -> Iterator[Check]:
-    limit = {
+    limits = {
         "float32": policy.max_flips_float32,
         "float16": policy.max_flips_float16,
-        "int8": policy.max_flips_int8,
-    }[evidence.precision]
+        "bfloat16": policy.max_flips_float16,
+    }
+    limit = limits.get(evidence.precision, policy.max_flips_int8)
     what = "The share of answers that differ from the torch model"
     check = _fact("parity", evidence.flips, limit, what, unit="%")
     if check.outcome == "fail" and limit is not None and evidence.flips is not None and evidence.num_samples:

@@ -1,5 +1,6 @@
 """From a torch module to one checked .onnx file: dynamic batch, known opset, metadata inside."""
 
+import ast
 import copy
 import hashlib
 import logging
@@ -10,10 +11,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule
 
 from compression.errors import ExportError
 
@@ -65,8 +67,9 @@ def to_onnx(
     """Facts about the one-file ONNX graph written to ``path``, which maps images to logits.
 
     Input ``images`` is [batch, C, H, W] float32 and output ``logits`` [batch, classes] float32 whatever
-    the precision inside; batch is dynamic. The file holds no source paths, and the same weights give the
-    same bytes. It appears whole or not at all.
+    the precision inside; batch is dynamic. Nodes are called ``<path of the torch module>/<operator>``, so that
+    graphs, profiles and tables speak of the same layers; a quantizer goes by the module whose output it rounds.
+    The file holds no source paths, and the same weights give the same bytes. It appears whole or not at all.
 
     Args:
         module: A model in eval mode, or a converted quantized graph module (``precision`` float32 only).
@@ -83,14 +86,14 @@ def to_onnx(
     """
     name = type(module).__name__
     if precision == "float16":
-        if any(isinstance(part, torch.fx.GraphModule) for part in module.modules()):
+        if any(isinstance(part, GraphModule) for part in module.modules()):
             raise ExportError(
                 f"Module '{name}' has quantized weights, expected a float model for float16."
                 " Export it as float32, or export the model it was made from."
             )
         module = _HalfInside(module)
     was_training = module.training
-    if not isinstance(module, torch.fx.GraphModule):
+    if not isinstance(module, GraphModule):
         module.eval()
     # Batch 2: with 1 the exporter may take the batch for a constant.
     weight = next((p for p in module.parameters() if p.is_floating_point()), None)
@@ -105,8 +108,9 @@ def to_onnx(
             " Replace that operation, or leave this model out."
         ) from error
     finally:
-        if was_training and not isinstance(module, torch.fx.GraphModule):
+        if was_training and not isinstance(module, GraphModule):
             module.train()
+    _name_nodes(proto, prefix="model." if precision == "float16" else "")
     _strip_debug(proto)
     save_graph(proto, path, metadata=metadata)
     info = check_graph(path)
@@ -195,13 +199,18 @@ def save_graph(proto: "onnx.ModelProto", path: Path, *, metadata: Mapping[str, s
 
 
 def _exported(module: nn.Module, example: Tensor, opset: int) -> "onnx.ModelProto":
+    shapes = ({0: torch.export.Dim("batch")},)
+    source: nn.Module | torch.export.ExportedProgram = module
+    if body := next((part for part in module.modules() if isinstance(part, GraphModule)), None):
+        source = torch.export.export(module, (example,), dynamic_shapes=shapes, strict=False)
+        _pass_on_module_paths(body, source)
     program = torch.onnx.export(
-        module,
+        source,
         (example,),
         dynamo=True,
         input_names=[INPUT_NAME],
         output_names=[OUTPUT_NAME],
-        dynamic_shapes=({0: torch.export.Dim("batch")},),
+        dynamic_shapes=shapes,
         opset_version=opset,
         verbose=False,
     )
@@ -228,6 +237,73 @@ def _traced(module: nn.Module, example: Tensor, opset: int) -> "onnx.ModelProto"
         verbose=False,
     )
     return onnx.load_model_from_string(buffer.getvalue())
+
+
+def _pass_on_module_paths(graph: GraphModule, program: "torch.export.ExportedProgram") -> None:
+    """Write the module paths that ``graph`` remembers into its second capture, which has forgotten them.
+
+    The operators of both are the same, in the same order; where they are not, nothing is written.
+    """
+    old = [node for node in graph.graph.nodes if _is_operator(node)]
+    new = [node for node in program.graph.nodes if _is_operator(node)]
+    targets, wanted = [node.target for node in new], [node.target for node in old]
+    start = next((i for i in range(len(new)) if targets[i : i + len(old)] == wanted), None)
+    if start is None or not old:
+        return
+    stacks: dict[torch.fx.Node, Any] = {}
+    for node in old:
+        stacks[node] = node.meta.get("nn_module_stack") or next(
+            (stacks[source] for source in node.all_input_nodes if stacks.get(source)), None
+        )
+    for node in reversed(old):  # a weight's quantizer belongs to the layer that reads the weight
+        stacks[node] = stacks[node] or next((stacks[user] for user in node.users if stacks.get(user)), None)
+    for source, node in zip(old, new[start : start + len(old)], strict=True):
+        if stacks[source]:
+            node.meta["nn_module_stack"] = dict(stacks[source])
+
+
+def _is_operator(node: torch.fx.Node) -> bool:
+    """Whether a node computes tensors; sizes and guards move between captures."""
+    sizes = str(node.target).startswith(("aten.sym_", "aten._assert"))
+    return node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload) and not sizes
+
+
+def _name_nodes(proto: "onnx.ModelProto", *, prefix: str = "") -> None:
+    """Call every node ``<module path>/<operator>``, a second one of the same name ``..._1``, and so on.
+
+    A convolution goes by its weight: the exporter says of one that took in a batch norm that it was the norm.
+    """
+    graph = proto.graph
+    weights = {tensor.name for tensor in graph.initializer}
+    paths: dict[str, str] = {}
+    counts: Counter[str] = Counter()
+    for node in graph.node:
+        path = _scope(node)
+        weight, _, parameter = node.input[1].rpartition(".") if len(node.input) > 1 else ("", "", "")
+        if node.op_type.startswith("Conv") and parameter == "weight" and node.input[1] in weights:
+            path = weight
+        if path is None:  # made by a rewrite of the exporter: it goes by its source
+            path = next((paths[name] for name in node.input if name in paths), "")
+        path = f"{path}.".removeprefix(prefix).removesuffix(".")
+        paths.update(dict.fromkeys(node.output, path))
+        name = f"{path}/{node.op_type}"
+        node.name = f"{name}_{counts[name]}" if counts[name] else name
+        counts[name] += 1
+
+
+def _scope(node: "onnx.NodeProto") -> str | None:
+    """Path of the module a node comes from, in the words of either exporter; None if it doesn't say."""
+    for entry in node.metadata_props:
+        if entry.key == "pkg.torch.onnx.name_scopes":
+            scopes = ast.literal_eval(entry.value)
+            return scopes[-2] if len(scopes) > 1 else ""
+    if not node.name.startswith("/"):
+        return None
+    parts: list[str] = []
+    for part in node.name.split("/")[1:-1]:
+        inside = bool(parts) and part.startswith(f"{parts[-1]}.")  # "blocks/blocks.1" is one step, blocks.1
+        parts[-1 if inside else len(parts) :] = [part]
+    return ".".join(parts)
 
 
 def _strip_debug(proto: "onnx.ModelProto") -> None:

@@ -1,8 +1,8 @@
 """Quantize/dequantize graphs: what must hold for TensorRT, and the same model for ONNX Runtime on a CPU.
 
 The symmetric int8 form that TensorRT wants runs in float on a CPU: ONNX Runtime absorbs a ReLU only into a
-quantizer whose zero point is the end of its range, and its fast kernels read uint8 activations. The rewrite
-changes how integers are written, not what they mean.
+quantizer whose zero point is the end of its range, and its fast kernels read uint8 activations on x86 and int8
+ones on ARM. The rewrites change how integers are written, not what they mean.
 """
 
 import logging
@@ -27,6 +27,9 @@ WEIGHTED = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 
 WeightForm = Literal["int8", "uint8"]
 
+SIGNED_LOW, UNSIGNED_LOW, UNSIGNED_MIDDLE = -128, 0, 128
+"""Integers that stand for 0: the low end of int8 and of uint8, and the middle of uint8."""
+
 
 @dataclass(frozen=True)
 class QdqSummary:
@@ -43,13 +46,13 @@ class QdqSummary:
 
 
 @dataclass(frozen=True)
-class U8Graph(GraphInfo):
-    """The graph ``to_u8_activations`` wrote, and what it changed."""
+class CpuGraph(GraphInfo):
+    """The graph a rewrite for CPUs wrote, and what it changed."""
 
     non_negative: int
-    """Activation quantizers that start at 0 now."""
+    """Activation quantizers that start at the low end of their integers now."""
     signed: int
-    """Activation quantizers centred at 128 now."""
+    """Activation quantizers with 0 in the middle."""
     pools: int
     """Means over the whole image now written as GlobalAveragePool."""
     weights: WeightForm
@@ -73,8 +76,8 @@ def to_u8_activations(
     weights: WeightForm | None = None,
     fine: bool = False,
     metadata: Mapping[str, str] | None = None,
-) -> U8Graph:
-    """Facts about the copy of ``source`` whose activations are uint8, for ONNX Runtime on CPUs.
+) -> CpuGraph:
+    """Facts about the copy of ``source`` whose activations are uint8, for ONNX Runtime on x86 CPUs.
 
     Non-negative tensors get zero point 0, others 128; scales stay, so a signed tensor keeps its values bit
     for bit and a non-negative one loses only its clipping above the range. Weights that pass a Transpose
@@ -85,27 +88,53 @@ def to_u8_activations(
         source: A graph in symmetric form, see ``check_symmetric``.
         target: Where the copy goes.
         weights: See ``weight_form``; None asks it about this CPU.
-        fine: Also stretch non-negative tensors over 0..255, which halves their step. Closer to the float
+        fine: Also stretch non-negative tensors over all 256 steps, which halves their step. Closer to the float
             model, but no longer what training simulated: choose by validation.
         metadata: Stored in the file; None keeps the source's. How integers are written is added.
 
     Raises:
         ExportError: the source isn't in symmetric form.
     """
+    zeros = (np.uint8(UNSIGNED_LOW), np.uint8(UNSIGNED_MIDDLE))
+    return _for_cpu(source, target, zeros, weights or weight_form(cpu_features()), fine=fine, metadata=metadata)
+
+
+def to_s8_activations(
+    source: Path, target: Path, *, fine: bool = False, metadata: Mapping[str, str] | None = None
+) -> CpuGraph:
+    """Facts about the copy of ``source`` with int8 activations that run as integers, for ONNX Runtime on ARM CPUs.
+
+    Every integer is that of ``to_u8_activations`` less 128: non-negative tensors get zero point -128, others 0. With
+    zero point 0 everywhere, as TensorRT has it, ONNX Runtime absorbs no ReLU and half the convolutions stay in float.
+    Arguments and errors as there; weights are int8, since ARM's dot products sum in 32 bits.
+    """
+    return _for_cpu(source, target, (np.int8(SIGNED_LOW), np.int8(0)), "int8", fine=fine, metadata=metadata)
+
+
+def _for_cpu(
+    source: Path,
+    target: Path,
+    zeros: tuple[np.integer, np.integer],
+    weights: WeightForm,
+    *,
+    fine: bool,
+    metadata: Mapping[str, str] | None,
+) -> CpuGraph:
+    """The rewrite for both instruction sets; ``zeros`` are the zero points of non-negative and of other tensors."""
     check_symmetric(source)
-    weights = weights or weight_form(cpu_features())
     proto = load_graph(source)
     editor = GraphEditor(proto)
     pools = _mean_to_pool(editor)
     _store_transposed(editor)
     _store_integer_biases(editor)
+    _shield_float_layers(editor)
     counts = {True: 0, False: 0}
     for quantizer in [node for node in proto.graph.node if node.op_type == "QuantizeLinear"]:
         if editor.value(quantizer.input[0]) is not None:
             continue
         positive = editor.non_negative(quantizer.input[0])
         counts[positive] += 1
-        zero_point = editor.constant(np.array(0 if positive else 128, np.uint8), "zero_point")
+        zero_point = editor.constant(np.asarray(zeros[0] if positive else zeros[1]), "zero_point")
         scale = quantizer.input[1]
         if fine and positive:
             step = editor.required(scale)
@@ -119,9 +148,10 @@ def to_u8_activations(
     del proto.graph.value_info[:]
     editor.drop_unused()
     entries = {entry.key: entry.value for entry in proto.metadata_props} if metadata is None else metadata
-    save_graph(proto, target, metadata={**entries, "activations": "uint8", "weights": weights})
+    written = {"activations": zeros[0].dtype.name, "weights": weights}
+    save_graph(proto, target, metadata={**entries, **written})
     info = check_graph(target)
-    return U8Graph(**vars(info), non_negative=counts[True], signed=counts[False], pools=pools, weights=weights)
+    return CpuGraph(**vars(info), non_negative=counts[True], signed=counts[False], pools=pools, weights=weights)
 
 
 def summarise(path: Path) -> QdqSummary:
@@ -263,6 +293,27 @@ def _store_integer_biases(editor: GraphEditor) -> None:
         node = onnx.helper.make_node("DequantizeLinear", names, [output], name=f"{gemm.name}_bias", axis=0)
         gemm.input[2] = output
         editor.graph.node.insert(position, node)
+    editor.index()
+
+
+def _shield_float_layers(editor: GraphEditor) -> None:
+    """Keep layers with float weights in float, by a Clip without bounds before them, which changes no value.
+
+    Between two quantizers ONNX Runtime (1.31) would round their weights too, with one scale for the whole tensor:
+    coarser than the INT8 that they were taken out of.
+    """
+    import onnx
+
+    for position, node in reversed(list(enumerate(editor.graph.node))):
+        if node.op_type not in ("Conv", "ConvTranspose", "Gemm") or node.input[1] not in editor.stored:
+            continue
+        source = editor.makers.get(node.input[0])
+        if source is None or source.op_type != "DequantizeLinear":
+            continue
+        shielded = f"{node.output[0]}_shielded"
+        clip = onnx.helper.make_node("Clip", [node.input[0]], [shielded], name=f"{node.name}_shield")
+        node.input[0] = shielded
+        editor.graph.node.insert(position, clip)
     editor.index()
 
 

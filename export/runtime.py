@@ -5,10 +5,11 @@ import platform
 import re
 import tempfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -19,13 +20,20 @@ from compression.errors import ExportError
 from compression.types import Frozen
 from export.onnx_graph import INPUT_NAME, load_graph
 
+if TYPE_CHECKING:
+    from onnx import GraphProto, NodeProto
+
 LOGGER = logging.getLogger(__name__)
 
 INTEGER_OPS = frozenset(
     {"QLinearConv", "ConvInteger", "QGemm", "QLinearMatMul", "MatMulInteger", "MatMulIntegerToFloat"}
     | {"DynamicQuantizeMatMul"}
 )
-FLOAT_OPS = frozenset({"Conv", "FusedConv", "Gemm", "FusedGemm", "MatMul", "FusedMatMul"})
+FLOAT_OPS = frozenset(
+    {"Conv", "FusedConv", "NhwcFusedConv", "ConvTranspose", "Gemm", "FusedGemm", "MatMul", "FusedMatMul"}
+    | {"MatMulNBits"}
+)
+"""Operators with weights that compute in float; ``MatMulNBits`` stores its weights in few bits and does so too."""
 
 
 class OnnxSession:
@@ -38,6 +46,8 @@ class OnnxSession:
         threads: int = 1,
         provider: str = "CPUExecutionProvider",
         optimized_path: Path | None = None,
+        config: Mapping[str, str] | None = None,
+        optimise: bool = True,
     ) -> None:
         """Load ``path``.
 
@@ -46,6 +56,8 @@ class OnnxSession:
             threads: Intra-op threads; the runtime's default would take every core.
             provider: Asserted after loading, since the runtime falls back to the CPU in silence.
             optimized_path: Where the runtime writes the graph it really runs.
+            config: Entries of the session's configuration, see ``export.profiles.session_options``.
+            optimise: Let the runtime rewrite the graph; off, it runs as the standard defines it, node by node.
 
         Raises:
             ExportError: the runtime can't load the graph, or loads it on another provider.
@@ -56,6 +68,10 @@ class OnnxSession:
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
+        if not optimise:
+            options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        for key, value in (config or {}).items():
+            options.add_session_config_entry(key, value)
         if optimized_path is not None:
             options.optimized_model_filepath = str(optimized_path)
         if not path.is_file():
@@ -111,30 +127,28 @@ class IntegerShare:
         return self.integer / self.total if self.total else 0.0
 
 
-def integer_share(path: Path, *, threads: int = 1) -> IntegerShare:
+def integer_share(path: Path, *, threads: int = 1, config: Mapping[str, str] | None = None) -> IntegerShare:
     """Count the weight layers that run as integer kernels in the graph ONNX Runtime builds from ``path``.
 
     A quantized file whose convolutions stay in float is slower than its float parent; file size and node
     names don't show it, the runtime's own optimised graph does. Products of two activations (attention)
-    are not counted.
+    are not counted. ``config`` is that of ``OnnxSession``.
 
     Raises:
         ExportError: the runtime can't load the graph.
     """
     with tempfile.TemporaryDirectory() as folder:
         optimized = Path(folder) / "optimized.onnx"
-        OnnxSession(path, threads=threads, optimized_path=optimized)
+        OnnxSession(path, threads=threads, optimized_path=optimized, config=config)
         graph = load_graph(optimized).graph
-    constants = {tensor.name for tensor in graph.initializer}
-    for node in graph.node:  # in topological order: what depends on constants only is a weight
-        if node.op_type == "Constant" or (node.input and all(name in constants for name in node.input if name)):
-            constants.update(node.output)
+    constants = constants_of(graph)
     integer, left = 0, []
     for node in graph.node:
-        weighted = any(name in constants for name in node.input[:4])
+        if not is_weighted(node, constants):
+            continue
         if node.op_type in INTEGER_OPS:
-            integer += weighted
-        elif node.op_type in FLOAT_OPS and node.input[1] in constants:
+            integer += 1
+        else:
             left.append(node.name or node.output[0])
     return IntegerShare(
         integer=integer,
@@ -142,6 +156,28 @@ def integer_share(path: Path, *, threads: int = 1) -> IntegerShare:
         operators=dict(sorted(Counter(node.op_type for node in graph.node).items())),
         float_layers=tuple(left),
     )
+
+
+def constants_of(graph: "GraphProto") -> set[str]:
+    """Names of the tensors that do not depend on the inputs."""
+    constants = {tensor.name for tensor in graph.initializer} | {
+        tensor.values.name for tensor in graph.sparse_initializer
+    }
+    for node in graph.node:  # in topological order
+        if node.op_type == "Constant" or (node.input and all(name in constants for name in node.input if name)):
+            constants.update(node.output)
+    return constants
+
+
+def weight_input(node: "NodeProto") -> str:
+    """Name of the tensor that holds the weights of a convolution or matrix product, empty if there is none."""
+    place = 3 if node.op_type in ("QLinearConv", "QGemm", "QLinearMatMul") else 1
+    return node.input[place] if len(node.input) > place else ""
+
+
+def is_weighted(node: "NodeProto", constants: set[str]) -> bool:
+    """Whether a node is a convolution or matrix product with constant weights, in float or in integers."""
+    return node.op_type in (INTEGER_OPS | FLOAT_OPS) and weight_input(node) in constants
 
 
 class CpuFeatures(Frozen):
@@ -201,7 +237,10 @@ __all__ = [
     "CpuFeatures",
     "IntegerShare",
     "OnnxSession",
+    "constants_of",
     "cpu_features",
     "integer_share",
+    "is_weighted",
     "predict_fn",
+    "weight_input",
 ]

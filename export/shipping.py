@@ -1,25 +1,42 @@
 """Which of a target's files ships: the fastest one that passes, and plain float when nothing is gained."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+from export.diagnosis import Diagnosis
 from export.evidence import Evidence
+from export.findings import MICROSECONDS_PER_NODE, tiny_net
+from export.findings_int8 import few_integer_layers, without_vnni
 from export.gate import Policy, decide
 from export.verdict import Check, Verdict, best_of
 
-PRECISION_ORDER = {"float32": 0, "float16": 1, "int8": 2}
+PRECISION_ORDER = {
+    "float32": 0,
+    "float16": 1,
+    "bfloat16": 1,
+    "int8": 2,
+    "int8-arm": 2,
+    "int8-ptq": 2,
+    "int8-symmetric": 2,
+    "fp8": 2,
+    "int4": 3,
+}
 """Simplest first: among equally fast files the one with the least rounding ships."""
 
-MICROSECONDS_PER_NODE = 10.0
-"""Below this mean time per operator a net spends its time between operators, where int8 saves nothing."""
 
-
-def choose_shipped(policy: Policy, files: Sequence[Evidence]) -> Verdict:
+def choose_shipped(
+    policy: Policy, files: Sequence[Evidence], diagnoses: Mapping[str, Diagnosis] | None = None
+) -> Verdict:
     """The verdict on one target, from the evidence on each of its files.
 
     The fastest file that passes ships. A file counts as faster only beyond the noise floor; among those
     that are not told apart the one with the highest precision ships, and the reasons say why a smaller
     number format gained nothing. ``checks`` are those of the file that ships, or of the one that came
     closest when none does.
+
+    Args:
+        policy: The limits.
+        files: Evidence on each file of the target.
+        diagnoses: Candidate -> its diagnosis, for the reasons; without one they come from the evidence alone.
 
     Raises:
         ValueError: there are no files, or they belong to several targets.
@@ -35,13 +52,13 @@ def choose_shipped(policy: Policy, files: Sequence[Evidence]) -> Verdict:
     shipped = _fastest(passing)
     reasons = [_why(shipped, passing)]
     for evidence in files:
-        if evidence.precision == "int8" and shipped.precision != "int8" and evidence in passing:
-            reasons.extend(why_not_faster(evidence, shipped))
+        if PRECISION_ORDER[evidence.precision] > max(1, PRECISION_ORDER[shipped.precision]) and evidence in passing:
+            reasons.extend(why_not_faster(evidence, shipped, (diagnoses or {}).get(evidence.candidate)))
     reasons.extend(_others(verdicts, shipped.candidate))
     return verdicts[shipped.candidate].model_copy(update={"reasons": tuple(reasons)})
 
 
-def why_not_faster(int8: Evidence, faster: Evidence) -> list[str]:
+def why_not_faster(int8: Evidence, faster: Evidence, diagnosis: Diagnosis | None = None) -> list[str]:
     """Sentences that explain why an int8 file did not beat the float file of the same net."""
     name = int8.candidate
     times = ""
@@ -49,23 +66,23 @@ def why_not_faster(int8: Evidence, faster: Evidence) -> list[str]:
         times = f" ({int8.latency_p50_ms:.3f} ms against {faster.latency_p50_ms:.3f} ms at the median)"
     floor = int8.latency_noise_floor
     noise = f" by more than the noise floor of {floor:.1%}" if floor is not None else ""
-    found = [f"'{name}' is not faster than '{faster.candidate}'{noise}{times}."]
+    causes = _from_evidence(int8) if diagnosis is None else [finding.evidence for finding in diagnosis.findings]
+    if not causes:
+        causes = ["The measurements name no single cause; compare the operator histograms of both files."]
+    return [f"'{name}' is not faster than '{faster.candidate}'{noise}{times}.", *causes]
+
+
+def _from_evidence(int8: Evidence) -> list[str]:
+    """What can be said without a diagnosis."""
+    found = []
     if int8.integer_share is not None and int8.integer_share < 0.9:
-        found.append(
-            f"Only {int8.integer_share:.0%} of the weight layers of '{name}' run as integer kernels; the "
-            "rest convert to float and back."
-        )
+        found.append(few_integer_layers(int8.candidate, int8.integer_share))
     if int8.vnni is False:
-        found.append("This processor multiplies bytes without VNNI, so an integer layer gains little over a float one.")
+        found.append(without_vnni())
     if int8.num_nodes and int8.latency_p50_ms is not None:
         per_node = int8.latency_p50_ms * 1e3 / int8.num_nodes
         if per_node < MICROSECONDS_PER_NODE:
-            found.append(
-                f"The net is tiny: {int8.num_nodes} operators take {per_node:.1f} µs each, most of it the "
-                "runtime's own overhead, and quantization adds operators."
-            )
-    if len(found) == 1:
-        found.append("The measurements name no single cause; compare the operator histograms of both files.")
+            found.append(tiny_net(int8.num_nodes, per_node))
     return found
 
 

@@ -3,8 +3,11 @@
 Standard library, numpy and ONNX Runtime only, so that a process started from here begins in under a second
 and the memory it reports is the model's and the runtime's, not a training framework's.
 
-    python -m export.timing time  JOB.json OUT.json RAW.csv     all models side by side
-    python -m export.timing probe MODEL.onnx THREADS            load, first inference, peak memory
+    python -m export.timing time    JOB.json OUT.json RAW.csv   all models side by side
+    python -m export.timing probe   MODEL.onnx THREADS [SHAPES] load, first inference, peak memory
+    python -m export.timing profile JOB.json OUT.json           time per operator of one model
+
+SHAPES is JSON: input -> sizes, for inputs with open sizes beyond the batch.
 """
 
 import csv
@@ -15,10 +18,13 @@ import os
 import random
 import resource
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from export.feed import Shapes, feed_of, fixed_batch, inputs_of
 
 MIN_SAMPLES = 120
 """Fewest timed calls of one model at one batch size, whatever the rounds: p99 needs a tail to look at."""
@@ -28,9 +34,23 @@ CALLS_BESIDE = 7
 
 RAW_COLUMNS = ("batch", "round", "order", "model", "ms")
 
+PROFILED_CALLS = 200
+"""Most calls that are profiled: the runtime writes about a kilobyte for each operator of each call."""
 
-def open_session(path: Path, *, threads: int) -> Any:
+CONTROL = frozenset({"If", "Loop", "Scan"})
+"""Operators whose time holds that of the operators inside them."""
+
+
+def open_session(
+    path: Path, *, threads: int, profile_prefix: str | None = None, optimized_path: Path | None = None
+) -> Any:
     """An ONNX Runtime session on the CPU with a fixed number of threads and no spinning.
+
+    Args:
+        path: The graph.
+        threads: Intra-op threads.
+        profile_prefix: Start of the name of the file the runtime's profiler writes; None: no profile.
+        optimized_path: Where the runtime writes the graph it really runs.
 
     Raises:
         RuntimeError: The runtime chose another provider than the CPU.
@@ -42,32 +62,15 @@ def open_session(path: Path, *, threads: int) -> Any:
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if profile_prefix is not None:
+        options.enable_profiling = True
+        options.profile_file_prefix = profile_prefix
+    if optimized_path is not None:
+        options.optimized_model_filepath = str(optimized_path)
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     if session.get_providers()[0] != "CPUExecutionProvider":
         raise RuntimeError(f"Session '{path}' has provider {session.get_providers()[0]}, expected the CPU.")
     return session
-
-
-def feed_of(session: Any, batch: int, seed: int) -> dict[str, Any]:
-    """Standard-normal inputs for every input of the session, its dynamic first axis set to ``batch``.
-
-    Raises:
-        ValueError: The graph has a fixed batch size other than ``batch``, or an unknown input type.
-    """
-    import numpy as np
-
-    dtypes = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(double)": np.float64}
-    rng = np.random.default_rng(seed)
-    feed = {}
-    for spec in session.get_inputs():
-        if spec.type not in dtypes:
-            raise ValueError(f"Input '{spec.name}' has type {spec.type}, expected one of {sorted(dtypes)}.")
-        first, *rest = spec.shape
-        if isinstance(first, int) and first != batch:
-            raise ValueError(f"Input '{spec.name}' has the fixed batch size {first}, expected {batch}.")
-        shape = (batch, *(size if isinstance(size, int) else 1 for size in rest))
-        feed[spec.name] = rng.standard_normal(shape, dtype=np.float32).astype(dtypes[spec.type])
-    return feed
 
 
 def peak_rss_bytes() -> int:
@@ -85,7 +88,7 @@ def peak_rss_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
 
 
-def probe(path: Path, *, threads: int) -> dict[str, float]:
+def probe(path: Path, *, threads: int, shapes: Shapes | None = None) -> dict[str, float]:
     """Load and first-inference time in ms and memory in bytes of one model; call it in a fresh process.
 
     It runs one image, or as many as the graph is fixed to.
@@ -99,8 +102,7 @@ def probe(path: Path, *, threads: int) -> dict[str, float]:
     started = time.perf_counter()
     session = open_session(path, threads=threads)
     loaded = time.perf_counter()
-    batch = session.get_inputs()[0].shape[0]
-    feed = feed_of(session, batch if isinstance(batch, int) else 1, seed=0)
+    feed = feed_of(session, fixed_batch(inputs_of(session)) or 1, seed=0, shapes=shapes)
     ready = time.perf_counter()
     session.run(None, feed)
     first = time.perf_counter()
@@ -138,9 +140,14 @@ def time_calls(call: Callable[[], object], count: int, clock: Callable[[], int] 
 
 
 def side_by_side(
-    entrants: Mapping[str, Path], job: Mapping[str, Any], keep: Callable[[Sequence[Any]], object]
+    entrants: Mapping[str, Path],
+    job: Mapping[str, Any],
+    keep: Callable[[Sequence[Any]], object],
+    tell: Callable[[int, int], object] = lambda done, total: None,
 ) -> dict[str, str]:
     """Times every entrant in shuffled rounds, hands each sample to ``keep``; says who failed and why.
+
+    ``tell(done, total)`` hears of every finished round, between timed calls.
 
     In a round each model runs for about ``inner_ms``, one after the other in an order drawn anew, so that a
     slow spell of the machine hits all of them alike. A sample is (batch, round, order, model, ms).
@@ -153,12 +160,12 @@ def side_by_side(
         except Exception as error:  # a broken file is a row of the result
             failures[name] = f"{type(error).__name__}: {error}"
     rng = random.Random(job["seed"])
-    for batch in job["batches"]:
+    for place_of_batch, batch in enumerate(job["batches"]):
         calls: dict[str, Callable[[], object]] = {}
         counts: dict[str, int] = {}
         for name, session in sessions.items():
             try:
-                feed = feed_of(session, batch, job["seed"])
+                feed = feed_of(session, batch, job["seed"], job.get("shapes"))
                 run = session.run
                 call: Callable[[], object] = lambda run=run, feed=feed: run(None, feed)  # noqa: E731
                 counts[name] = calls_per_round(
@@ -175,6 +182,7 @@ def side_by_side(
             for place, name in enumerate(order):
                 for duration in time_calls(calls[name], counts[name]):
                     keep((batch, turn, place, name, f"{duration:.6f}"))
+            tell(place_of_batch * job["rounds"] + turn + 1, len(job["batches"]) * job["rounds"])
         gc.enable()
     return failures
 
@@ -231,20 +239,101 @@ def latency_p50_ms(path: Path, *, batch: int, threads: int = 1, warmup: int = 10
     return durations[len(durations) // 2]
 
 
+def profile(job: Mapping[str, Any]) -> dict[str, Any]:
+    """Time per operator by ONNX Runtime's own profiler; call it in a fresh process.
+
+    ``job`` has path, optimized (where the graph the runtime really runs goes), threads, batch (None: as the graph
+    has it), shapes, seed and seconds (about how long to profile).
+
+    The answer has batch, calls, ``call_us`` (one call without the profiler) and ``profiled_us`` (with it), and nodes
+    in order of execution: name, operator, microseconds, input types and sizes of the first output. Times are the mean
+    of the middle half of the calls: as robust as the median, and finer than the profiler's whole microseconds.
+    """
+    path, threads = Path(job["path"]), job["threads"]
+    session = open_session(path, threads=threads)
+    batch = job["batch"] or fixed_batch(inputs_of(session)) or 1
+    feed = feed_of(session, batch, job["seed"], job["shapes"])
+    call = lambda run=session.run: run(None, feed)  # noqa: E731
+    count = calls_per_round(call, warmup=3, inner_ms=job["seconds"] * 1e3, rounds=MIN_SAMPLES)
+    count = max(5, min(count, PROFILED_CALLS))
+    call_us = midmean(time_calls(call, count)) * 1e3
+    del session, call
+    with tempfile.TemporaryDirectory() as folder:
+        session = open_session(
+            path, threads=threads, profile_prefix=str(Path(folder, "profile")), optimized_path=Path(job["optimized"])
+        )
+        session.run(None, feed)
+        first = time.perf_counter()
+        done = 1
+        for _ in range(count):
+            session.run(None, feed)
+            done += 1
+            if done >= 6 and time.perf_counter() - first > 4 * job["seconds"]:
+                break
+        events = json.loads(Path(session.end_profiling()).read_text())
+    nodes, profiled_us = node_times(events)
+    return {"batch": batch, "calls": done - 1, "call_us": call_us, "profiled_us": profiled_us, "nodes": nodes}
+
+
+def node_times(events: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], float]:
+    """Nodes in order of execution with their time, and the time of one call, in microseconds, from a profile.
+
+    The first call is the warm-up and does not count. What runs inside If, Loop and Scan counts as theirs.
+    """
+    calls = sorted((e["ts"], e["ts"] + e["dur"]) for e in events if e["name"] == "model_run")[1:]
+    timed = sorted((e for e in events if e["cat"] == "Node" and "op_name" in e["args"]), key=lambda e: e["ts"])
+    durations: dict[str, list[float]] = {}
+    facts: dict[str, dict[str, Any]] = {}
+    for number, (start, end) in enumerate(calls):
+        inside = [e for e in timed if start <= e["ts"] <= end]
+        blocks = [(e["ts"], e["ts"] + e["dur"], e["name"]) for e in inside if e["args"]["op_name"] in CONTROL]
+        for event in inside:
+            name, args = event["name"].removesuffix("_kernel_time"), event["args"]
+            if any(s <= event["ts"] < e and event["name"] != block for s, e, block in blocks):
+                continue
+            times = durations.setdefault(name, [0.0] * len(calls))
+            times[number] += event["dur"]
+            outputs = args.get("output_type_shape") or [{}]
+            types = [kind for each in args.get("input_type_shape", ()) for kind in each]
+            shape = next(iter(outputs[0].values()), [])
+            facts.setdefault(name, {"operator": args["op_name"], "types": types, "shape": shape})
+    nodes = [{"name": name, "microseconds": midmean(times)} | facts[name] for name, times in durations.items()]
+    return nodes, midmean([end - start for start, end in calls])
+
+
+def midmean(values: Sequence[float]) -> float:
+    """Mean of the middle half."""
+    ordered = sorted(values)
+    cut = len(ordered) // 4
+    middle = ordered[cut : len(ordered) - cut]
+    return sum(middle) / len(middle)
+
+
 def main(arguments: Sequence[str]) -> None:
-    """Runs one of the two commands of the module's docstring."""
+    """Runs one of the commands of the module's docstring."""
     command, *rest = arguments
     if command == "probe":
-        path, threads = rest
-        sys.stdout.write(json.dumps(probe(Path(path), threads=int(threads))) + "\n")
+        path, threads, *shapes = rest
+        found = probe(Path(path), threads=int(threads), shapes=json.loads(shapes[0]) if shapes else None)
+        sys.stdout.write(json.dumps(found) + "\n")
+        return
+    if command == "profile":
+        job_path, out_path = map(Path, rest)
+        out_path.write_text(json.dumps(profile(json.loads(job_path.read_text()))))
         return
     job_path, out_path, raw_path = map(Path, rest)
     job = json.loads(job_path.read_text())
+
+    def tell(done: int, total: int) -> None:
+        sys.stdout.write(f"{done} {total}\n")
+        sys.stdout.flush()
+
     load_before = os.getloadavg()
     with raw_path.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(RAW_COLUMNS)
-        failures = side_by_side({name: Path(path) for name, path in job["entrants"].items()}, job, writer.writerow)
+        entrants = {name: Path(path) for name, path in job["entrants"].items()}
+        failures = side_by_side(entrants, job, writer.writerow, tell)
     facts = {"failures": failures, "load_before": load_before, "load_after": os.getloadavg()}
     out_path.write_text(json.dumps(facts))
 

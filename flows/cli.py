@@ -202,6 +202,70 @@ def latency(
     show_latency(console, shape_of(size), tuple(batch or [32]), tuple(checkpoints or ()), as_json=json_)
 
 
+@app.command(
+    epilog="Examples: stillhouse bench float32.onnx int8.onnx; "
+    "stillhouse bench text.onnx text-int8.onnx --shape ids=1x128 --batch 1 --operators"
+)
+def bench(
+    files: Annotated[
+        list[Path], typer.Argument(help="ONNX files of any tool; the first is the reference.", show_default=False)
+    ],
+    reference: Annotated[Path | None, typer.Option(help="Compare with this one of the files instead.")] = None,
+    batch: Annotated[
+        list[int] | None, typer.Option(min=1, help="Images per call; may be given several times. Default: 1 and 32.")
+    ] = None,
+    shape: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=1x3x224x224", help="Sizes of an input that has open ones beyond the batch; may be repeated."
+        ),
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=3, help="Interleaved rounds; more rounds, narrower noise floor.")] = 30,
+    threads: Annotated[int, typer.Option(min=1, help="Threads of each session.")] = 1,
+    operators: Annotated[bool, typer.Option("--operators", help="Also show the time per operator.")] = False,
+    json_: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
+    csv: Annotated[Path | None, typer.Option(help="Also write the table to this CSV file.")] = None,
+) -> None:
+    """Time ONNX files side by side: did it get faster, and if not, why not and what to do."""
+    from flows.bench_files import bench_files
+
+    bench_files(
+        console,
+        files,
+        reference=reference,
+        batches=batch or (1, 32),
+        rounds=rounds,
+        threads=threads,
+        shapes=shape or (),
+        operators=operators,
+        as_json=json_,
+        csv_path=csv,
+    )
+
+
+@app.command(
+    epilog="Examples: stillhouse parity model.onnx model-int8.onnx --inputs images.npy --labels labels.npy; "
+    "stillhouse parity a.onnx b.onnx --json"
+)
+def parity(
+    a: Annotated[Path, typer.Argument(help="The ONNX file that is right.", show_default=False)],
+    b: Annotated[Path, typer.Argument(help="The ONNX file in question.", show_default=False)],
+    inputs: Annotated[
+        Path | None,
+        typer.Option(help="Real inputs: .npz with an array per input, or .npy for one; default: random ones."),
+    ] = None,
+    labels: Annotated[Path | None, typer.Option(help=".npy with the right class of every sample.")] = None,
+    samples: Annotated[int, typer.Option(min=1, help="How many random inputs.")] = 64,
+    seed: Annotated[int, typer.Option(help="Of the random inputs.")] = 0,
+    json_: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
+) -> None:
+    """Compare two ONNX files, output by output and layer by layer: which layer begins to differ?"""
+    from flows.parity import show_parity
+
+    code = show_parity(console, a, b, inputs=inputs, labels=labels, samples=samples, seed=seed, as_json=json_)
+    raise typer.Exit(code)
+
+
 @app.command(epilog="Example: stillhouse init my-parts --data /data/parts")
 def init(
     name: Annotated[str, typer.Argument(help="Name of the recipe: lower case, digits, dashes.")],

@@ -19,27 +19,34 @@ from prefect.runtime import flow_run  # noqa: E402
 from prefect.states import Completed  # noqa: E402
 
 from compression.data import check_source  # noqa: E402
-from compression.errors import RecipeError  # noqa: E402
+from compression.errors import ExportError, RecipeError  # noqa: E402
 from compression.teacher_outputs import OutputsSpec  # noqa: E402
 from compression.teachers import FromCheckpoint, FromOutputs, check_teacher  # noqa: E402
 from export.comparison import COLUMNS  # noqa: E402
 from export.comparison import show as show_cell  # noqa: E402
-from export.targets import OnnxRuntimeTarget, TensorRtRtxTarget  # noqa: E402
+from export.formats import NOT_RUN_HERE  # noqa: E402
+from export.profiles import Form, forms_of, runs_here  # noqa: E402
+from export.targets import OnnxRuntimeTarget, OpenVinoTarget, TensorRtRtxTarget  # noqa: E402
 from flows.progress import show  # noqa: E402
 from flows.recipe import Recipe, dump_recipe  # noqa: E402
 from tasks import tracking  # noqa: E402
 from tasks.artifacts import Store, file_digest  # noqa: E402
+from tasks.attention import compare_attention  # noqa: E402
+from tasks.calibrate import calibrate_model  # noqa: E402
 from tasks.data import prepare_data, source_digest  # noqa: E402
+from tasks.diagnose import diagnose_files  # noqa: E402
 from tasks.distill import distill_student  # noqa: E402
 from tasks.evaluate import benchmark_files, evaluate_files  # noqa: E402
-from tasks.export import export_engine, export_graph  # noqa: E402
+from tasks.export import export_engine, export_graph, export_openvino  # noqa: E402
 from tasks.gate import judge, register  # noqa: E402
 from tasks.machine import engine_backend, int8_weights, machine_digest, set_threads  # noqa: E402
 from tasks.prefect_runner import PrefectRunner, UiProgress  # noqa: E402
 from tasks.progress import Report  # noqa: E402
 from tasks.quantize import quantize_student  # noqa: E402
+from tasks.robustness import measure_robustness  # noqa: E402
 from tasks.run_folder import read_rows, save_summary, write_run_folder  # noqa: E402
 from tasks.search import search  # noqa: E402
+from tasks.sensitivity import measure_sensitivity  # noqa: E402
 from tasks.settings import settings  # noqa: E402
 from tasks.sparsify import sparsify_student  # noqa: E402
 from tasks.stage import DirectRunner, PlanRunner, StageIndex, StageResult, use_runner  # noqa: E402
@@ -58,18 +65,37 @@ class Outcome:
     search: StageResult
     students: Results = field(default_factory=dict)
     controls: Results = field(default_factory=dict)
+    sensitivities: Results = field(default_factory=dict)
     quantized: Results = field(default_factory=dict)
+    temperatures: Results = field(default_factory=dict)
     files: Results = field(default_factory=dict)
+    unrun: Results = field(default_factory=dict)
+    """Graphs that no runtime of this machine executes."""
+    failures: dict[str, str] = field(default_factory=dict)
+    """File -> why it could not be made."""
     engines: Results = field(default_factory=dict)
     evaluation: StageResult | None = None
+    robustness: StageResult | None = None
+    attention: StageResult | None = None
     benchmark: StageResult | None = None
+    diagnosis: StageResult | None = None
     verdict: StageResult | None = None
     registered: StageResult | None = None
 
 
+SOURCE_OF: dict[Form, Form] = {
+    **{"int8": "int8-symmetric", "int8-arm": "int8-symmetric"},
+    **{"int8-ptq": "float32", "bfloat16": "float32", "int4": "float32", "fp8": "float32"},
+}
+"""Form of a graph -> the form it is an edit of; the others are exported from the model."""
+
+OPTIONAL_FORMS: tuple[Form, ...] = ("int4", "fp8", "bfloat16")
+"""Forms that not every network can have."""
+
 STAGES = (
-    *("data", "teacher", "teacher_outputs", "select", "search", "distill", "sparsify", "quantize"),
-    *("export", "engine", "evaluate", "benchmark", "gate", "register"),
+    *("data", "teacher", "teacher_outputs", "select", "search", "distill", "sparsify", "sensitivity", "quantize"),
+    *("calibrate", "export", "engine", "openvino", "evaluate", "robustness", "attention", "benchmark", "diagnose"),
+    *("gate", "register"),
 )
 """Stage names in order, as ``restart_from`` takes them."""
 
@@ -114,6 +140,11 @@ def story(recipe: Recipe) -> Outcome:
     panel = {name: outputs_of(name, recipe.distill.views, recipe.distill.teacher_features) for name in chosen}
 
     best = best_of(models)
+    parent = None
+    if recipe.sensitivity is not None and any(space.wants_sensitivity for space in recipe.search.spaces):
+        parent = measure_sensitivity(
+            name=f"teacher-{best}", config=recipe.sensitivity, model=models[best], data=data, seed=seed
+        )
     found = search(
         name=recipe.search.kind,
         config=recipe.search,
@@ -125,15 +156,23 @@ def story(recipe: Recipe) -> Outcome:
         augment=augment,
         machine=machine,
         seed=seed,
+        sensitivity=parent,
     )
     outcome = Outcome(data=data, teachers=teachers, selection=selection, search=found)
+    if parent is not None:
+        outcome.sensitivities[f"teacher-{best}"] = parent
 
     for finalist in range(len(found.info.get("finalists", range(recipe.search.finalists)))):
         _finish_student(recipe, outcome, f"student-{finalist}", finalist, panel)
 
     for name, teacher in models.items():
         outcome.files[f"teacher-{name}.float32"] = export_graph(
-            name=f"teacher-{name}.float32", model=teacher, data=data, form="float32", teachers={}
+            name=f"teacher-{name}.float32",
+            model=teacher,
+            data=data,
+            form="float32",
+            teachers={},
+            temperature=fitted_temperature(recipe, outcome, f"teacher-{name}", teacher),
         )
     outcome.evaluation = evaluate_files(
         name="test",
@@ -142,19 +181,51 @@ def story(recipe: Recipe) -> Outcome:
         students=outcome.students,
         quantized=outcome.quantized,
         engines=outcome.engines,
+        unrun=outcome.unrun,
         machine=machine,
     )
-    cpu = [target for target in recipe.targets if isinstance(target, OnnxRuntimeTarget)]
-    timed = {name: result for name, result in outcome.files.items() if result.info.get("form") != "int8-symmetric"}
+    reference = f"teacher-{best}.float32"
+    if recipe.robustness is not None:
+        outcome.robustness = measure_robustness(
+            name="test",
+            config=recipe.robustness,
+            data=data,
+            files=outcome.files,
+            reference=reference,
+            machine=machine,
+            seed=seed,
+        )
+    if recipe.attention is not None:
+        outcome.attention = compare_attention(
+            name="validation",
+            config=recipe.attention,
+            teacher=models[best],
+            students=outcome.students,
+            quantized={student: outcome.files[f"{student}.int8-symmetric"] for student in outcome.quantized},
+            data=data,
+            seed=seed,
+        )
+    cpu = [target for target in recipe.targets if isinstance(target, OnnxRuntimeTarget) and runs_here(target)]
+    for_others = {"int8-symmetric", "int8-arm", "int8", "fp8"} - set(forms_of(OnnxRuntimeTarget()))
+    timed = {name: result for name, result in outcome.files.items() if name.partition(".")[2] not in for_others}
     outcome.benchmark = benchmark_files(
         name="cpu",
         files=timed,
-        reference=f"teacher-{best}.float32",
+        reference=reference,
         batches=tuple(sorted({batch for target in cpu for batch in target.batch_sizes})),
         threads=cpu[0].threads,
         rounds=recipe.benchmark_rounds,
         machine=machine,
         seed=seed,
+    )
+    outcome.diagnosis = diagnose_files(
+        name="cpu",
+        files=timed,
+        benchmark=outcome.benchmark,
+        reference=reference,
+        threads=cpu[0].threads,
+        batch=cpu[0].batch_sizes[0],
+        machine=machine,
     )
     outcome.verdict = judge(
         name=recipe.name,
@@ -167,6 +238,8 @@ def story(recipe: Recipe) -> Outcome:
         data=data,
         evaluation=outcome.evaluation,
         benchmark=outcome.benchmark,
+        diagnosis=outcome.diagnosis,
+        robustness=outcome.robustness,
         seed=seed,
     )
     if outcome.verdict.info.get("outcome") == "accept":
@@ -186,16 +259,26 @@ def _finish_student(recipe: Recipe, outcome: Outcome, name: str, finalist: int, 
     seed, augment, data, config = recipe.seed, recipe.augment, outcome.data, recipe.distill
     teachers = {f"teacher.{teacher}": outcome.teachers[teacher].artifact.sha256 for teacher in panel}
 
-    def graph(file: str, form: str, model: StageResult, source: StageResult | None = None) -> StageResult:
-        return export_graph(
-            name=file,
-            model=model,
-            data=data,
-            form=form,
-            int8_weights=int8_weights() if form in ("int8", "int8-ptq") else None,
-            teachers=teachers,
-            source=source,
-        )
+    def graph(base: str, form: Form, model: StageResult, temperature: StageResult | None) -> None:
+        """Write one file, from the model or from the graph that it is an edit of; a failure is a row, not an end."""
+        file, source = f"{base}.{form}", SOURCE_OF.get(form)
+        try:
+            made = export_graph(
+                name=file,
+                model=model,
+                data=data,
+                form=form,
+                int8_weights=int8_weights() if form in ("int8", "int8-ptq") else None,
+                teachers=teachers,
+                source=outcome.files[f"{base}.{source}"] if source else None,
+                temperature=None if source else temperature,
+            )
+        except ExportError as error:
+            if form not in OPTIONAL_FORMS:
+                raise
+            outcome.failures[file] = str(error)
+            return
+        (outcome.unrun if form in NOT_RUN_HERE else outcome.files)[file] = made
 
     def trained(arm: str, taught_by: Results) -> StageResult:
         return distill_student(
@@ -212,10 +295,11 @@ def _finish_student(recipe: Recipe, outcome: Outcome, name: str, finalist: int, 
         )
 
     files = outcome.files
+    wanted = forms_wanted(recipe)
     student = trained(name, panel)
     if recipe.sparsify is not None:
         outcome.controls[f"{name}-dense"] = student
-        files[f"{name}-dense.float32"] = graph(f"{name}-dense.float32", "float32", student)
+        graph(f"{name}-dense", "float32", student, fitted_temperature(recipe, outcome, f"{name}-dense", student))
         student = sparsify_student(
             name=name,
             config=recipe.sparsify,
@@ -227,11 +311,18 @@ def _finish_student(recipe: Recipe, outcome: Outcome, name: str, finalist: int, 
             seed=seed,
         )
     outcome.students[name] = student
-    files[f"{name}.float32"] = graph(f"{name}.float32", "float32", student)
+    temperature = fitted_temperature(recipe, outcome, name, student)
+    for form in wanted:
+        if SOURCE_OF.get(form, form) != "int8-symmetric":
+            graph(name, form, student, temperature)
     if config.control:
         control = trained(f"{name}-control", {})
         outcome.controls[f"{name}-control"] = control
-        files[f"{name}-control.float32"] = graph(f"{name}-control.float32", "float32", control)
+        graph(f"{name}-control", "float32", control, fitted_temperature(recipe, outcome, f"{name}-control", control))
+    if recipe.sensitivity is not None:
+        outcome.sensitivities[name] = measure_sensitivity(
+            name=name, config=recipe.sensitivity, model=student, data=data, seed=seed
+        )
     if recipe.quantize is not None:
         quantized = quantize_student(
             name=name,
@@ -242,18 +333,29 @@ def _finish_student(recipe: Recipe, outcome: Outcome, name: str, finalist: int, 
             data=data,
             augment=augment,
             seed=seed,
+            sensitivity=outcome.sensitivities.get(name) if recipe.quantize.control is not None else None,
         )
         outcome.quantized[name] = quantized
-        symmetric = graph(f"{name}.int8-symmetric", "int8-symmetric", quantized)
-        files[f"{name}.int8-symmetric"] = symmetric
-        files[f"{name}.int8"] = graph(f"{name}.int8", "int8", quantized, symmetric)
-        files[f"{name}.int8-ptq"] = graph(f"{name}.int8-ptq", "int8-ptq", student, files[f"{name}.float32"])
+        temperature = fitted_temperature(recipe, outcome, name, quantized, which="int8")
+        for form in wanted:
+            if SOURCE_OF.get(form, form) == "int8-symmetric":
+                graph(name, form, quantized, temperature)
     for target in recipe.targets:
         if isinstance(target, OnnxRuntimeTarget):
             continue
-        if target.precision == "float16" and f"{name}.float16" not in files:
-            files[f"{name}.float16"] = graph(f"{name}.float16", "float16", student)
-        source = files[f"{name}.float16" if target.precision == "float16" else f"{name}.int8-symmetric"]
+        form = forms_of(target)[-1]
+        source = outcome.unrun.get(f"{name}.{form}") or files.get(f"{name}.{form}")
+        if source is None:
+            continue  # its graph could not be made, which is a row
+        if isinstance(target, OpenVinoTarget):
+            outcome.engines[f"{name}.{target.name}"] = export_openvino(
+                name=f"{name}.{target.name}",
+                target=target,
+                graph=source,
+                data=data,
+                backend=engine_backend(target.kind),
+            )
+            continue
         capabilities = target.compute_capabilities if isinstance(target, TensorRtRtxTarget) else (None,)
         for capability in capabilities:
             engine = f"{name}.{target.name}" + (f"-{capability.lower()}" if capability else "")
@@ -265,6 +367,30 @@ def _finish_student(recipe: Recipe, outcome: Outcome, name: str, finalist: int, 
                 compute_capability=capability,
                 backend=engine_backend(target.kind),
             )
+
+
+def forms_wanted(recipe: Recipe) -> list[Form]:
+    """The forms every student is written in, sources first: what targets ask for, and the control arms."""
+    forms: set[Form] = {"float32"}
+    if recipe.quantize is not None:
+        forms |= {"int8-ptq", "int8-symmetric", forms_of(OnnxRuntimeTarget())[-1]}
+    for target in recipe.targets:
+        forms |= set(forms_of(target))
+    forms |= {SOURCE_OF[form] for form in forms if form in SOURCE_OF}
+    return sorted(forms, key=lambda form: (form in SOURCE_OF, form))
+
+
+def fitted_temperature(
+    recipe: Recipe, outcome: Outcome, name: str, model: StageResult, which: str = "float"
+) -> StageResult | None:
+    """The temperature of a form of a model, if the recipe asks for one."""
+    if recipe.calibrate is None:
+        return None
+    found = calibrate_model(
+        name=f"{name}.{which}", config=recipe.calibrate, model=model, which=which, data=outcome.data
+    )
+    outcome.temperatures[f"{name}.{which}"] = found
+    return found
 
 
 def preflight(recipe: Recipe) -> Store:
@@ -285,6 +411,10 @@ def preflight(recipe: Recipe) -> Store:
     for target in recipe.targets:
         if target.kind != "onnxruntime":
             engine_backend(target.kind)
+    if not any(runs_here(target) for target in recipe.targets):
+        raise RecipeError(
+            "targets has no onnxruntime entry for this machine's CPU, expected one. Add one of isa native."
+        )
     store = Store(settings().store_dir)
     store.prepare(min_free_bytes=settings().min_free_mib * 2**20)
     return store

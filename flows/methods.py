@@ -20,10 +20,11 @@ STAGES = {
     "select": ("sources", "selectors"),
     "search": ("searchers", "spaces", "proposers", "filters", "priors", "criteria"),
     "sparsify": ("sparsifiers",),
-    "quantize": ("quantizers",),
+    "quantize": ("quantizers", "sensitivity"),
+    "evaluate": ("evidence",),
 }
 """Stage of a recipe -> the kinds it can name, in the order in which a method is looked for."""
-SINGULAR = {"losses": "loss", "criteria": "criterion"}
+SINGULAR = {"losses": "loss", "criteria": "criterion", "sensitivity": "sensitivity", "evidence": "evidence"}
 """Of the kinds that do not just lose an s."""
 
 

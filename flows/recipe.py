@@ -9,11 +9,15 @@ from typing import Any, NoReturn
 import yaml
 from pydantic import BaseModel, Field, PositiveInt, ValidationError, model_validator
 
-from compression.augment import AnyAugment, NoAugment
+from compression.attention import AttentionConfig
+from compression.augment import AnyAugment, NoAugment, Robust
+from compression.calibration import Calibrate
 from compression.data import AnyData
 from compression.distill import DistillConfig, Progressive
 from compression.errors import RecipeError
 from compression.quantize import AnyQuantizer
+from compression.quantize.sensitivity import SensitivityConfig
+from compression.robustness.accuracy import RobustnessConfig
 from compression.search import AnySearch
 from compression.select import SelectConfig
 from compression.sparsify import AnySparsifier
@@ -45,9 +49,17 @@ class Recipe(Frozen):
     distill: DistillConfig
     sparsify: AnySparsifier | None = None
     """Zeros in the distilled student's weights, kept by what follows; the dense student stays as a control."""
+    sensitivity: SensitivityConfig | None = SensitivityConfig()
+    """What every layer costs when it alone is rounded or cut: a heat map, and what accuracy control goes by."""
     quantize: AnyQuantizer | None = None
-    """Quantization-aware fine-tuning; required by targets with precision int8."""
+    """INT8, after training or by fine-tuning; required by targets with precision int8."""
+    calibrate: Calibrate | None = Calibrate()
+    """A temperature for each form of a student, stored in its files; ``apply`` divides the logits in them."""
     targets: tuple[AnyTarget, ...] = Field(min_length=1)
+    robustness: RobustnessConfig | None = RobustnessConfig()
+    """Accuracy of every file on corrupted test images."""
+    attention: AttentionConfig | None = AttentionConfig()
+    """Whether students look where their teacher looks; pictures for the report."""
     policy: Policy
     """What an accepted model must prove."""
     benchmark_rounds: PositiveInt = 30
@@ -86,6 +98,23 @@ class Recipe(Frozen):
             raise ValueError(
                 f"teachers has a black box, but {wants} of distill needs more than its outputs. Take losses that "
                 "compare logits, stored teachers, and procedure single."
+            )
+        formats = self.sensitivity.formats if self.sensitivity is not None else ()
+        asking = [n for n, space in enumerate(self.search.spaces) if space.wants_sensitivity]
+        if asking and "half the channels" not in formats:
+            raise ValueError(
+                f"search.spaces.{asking[0]} has use_sensitivity, but sensitivity has no column 'half the channels'. "
+                "Add it to sensitivity.formats."
+            )
+        if self.quantize is not None and self.quantize.control is not None and formats and "int8" not in formats:
+            raise ValueError(
+                "quantize has control, but sensitivity has no column 'int8', by which it orders the layers. Add it to "
+                "sensitivity.formats."
+            )
+        if isinstance(self.augment, Robust) and (wants or self.distill.teachers.adds_snapshot):
+            raise ValueError(
+                "augment is robust, under which stored teachers look at clean views, but distill runs teachers live. "
+                "Take augment shift_flip, or losses and combinations of stored outputs."
             )
         if self.quantize is None:
             for target in self.targets:

@@ -3,23 +3,27 @@
 This is the only stage that reads the test split.
 """
 
+import csv
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
-from compression.augment import normalise
+from compression.calibration import calibrated_rows
 from compression.checkpoint import load_checkpoint
 from compression.data import Dataset, open_dataset
 from compression.metrics import metrics_of, predict, reliability
 from compression.quantize import load_quantized
-from compression.types import Preprocessing
 from export.benchmark import BenchmarkJob, run_benchmark
-from export.parity import ENGINE_NOT_RUN, Rung, compare, self_perturbation_floor
-from export.runtime import OnnxSession, integer_share, predict_fn
+from export.formats import NOT_RUN_HERE
+from export.ladder import LAYER_COLUMNS, Forms, Ladder, climb, layer_rows
+from export.parity import ENGINE_NOT_RUN, Rung
+from export.profiles import open_as_meant, session_options
+from export.runtime import integer_share, predict_fn
+from export.temperature import divides_by, temperature_of
 from tasks.stage import StageOutput, StageResult, Work, stage
 from tasks.teachers import MODEL_CODE
 
@@ -28,7 +32,11 @@ logger = logging.getLogger(__name__)
 
 @stage(
     "evaluate",
-    code=(*MODEL_CODE, "compression.metrics", "compression.quantize", "export.parity", "export.runtime"),
+    code=(
+        *(*MODEL_CODE, "compression.metrics", "compression.quantize", "export.parity", "export.ladder"),
+        *("export.attribution", "export.intermediates", "export.onnx_form", "export.temperature", "export.runtime"),
+        "compression.calibration",
+    ),
     libraries=("torch", "onnxruntime-gpu"),
 )
 def evaluate_files(
@@ -40,12 +48,14 @@ def evaluate_files(
     students: Mapping[str, StageResult],
     quantized: Mapping[str, StageResult],
     engines: Mapping[str, StageResult],
+    unrun: Mapping[str, StageResult],
     machine: str,
 ) -> StageOutput:
-    """Run every ONNX file on the test split through ONNX Runtime and compare each hop with the one before.
+    """Run every ONNX file on the test split through ONNX Runtime, and climb the parity ladder of every student.
 
     ``files`` maps names such as ``student-0.int8`` to graphs; ``students`` and ``quantized`` give the torch rungs of
-    the ladder by student name; ``engines`` are listed as built, not run.
+    the ladder by student name; ``engines`` and ``unrun`` are listed as built, not run. ``ladder.json`` holds the
+    ladders with every layer, ``layer_diff.csv`` the same layers as a table.
     """
     dataset = open_dataset(work.open(data))
     labels = dataset.test.labels
@@ -53,18 +63,24 @@ def evaluate_files(
     metrics: dict[str, dict[str, float]] = {}
     diagrams: dict[str, list] = {}
     shares: dict[str, dict[str, object]] = {}
+    temperatures: dict[str, tuple[float, bool]] = {}
     for done, (file, result) in enumerate(files.items(), start=1):
         path = work.open(result) / "model.onnx"
-        logits[file] = file_logits(predict_fn(OnnxSession(path)), dataset)
+        logits[file] = file_logits(predict_fn(open_as_meant(path)), dataset)
         metrics[file] = metrics_of(logits[file], labels).model_dump()
         diagrams[file] = [list(row) for row in reliability(logits[file], labels)]
+        if (temperature := temperature_of(path)) is not None:
+            temperatures[file] = (temperature, divides_by(path) != 1.0)
         if "int8" in file:
-            share = integer_share(path)
+            options = session_options(str(result.info.get("form", "")))
+            share = integer_share(path, config=options.get("config"))
             shares[file] = {"integer": share.integer, "total": share.total, "operators": share.operators}
         work.report("evaluating files", done, len(files))
-    rungs: list[Rung] = []
-    for student in students:
-        rungs += _ladder(work, student, dataset, logits, students, quantized, engines)
+    ladders: list[Ladder] = []
+    for done, student in enumerate(students, start=1):
+        ladders.append(_ladder(work, student, dataset, logits, files, students, quantized, engines, unrun))
+        work.report("climbing the parity ladders", done, len(students))
+    rungs = [rung for ladder in ladders for rung in ladder.rungs]
     for rung in rungs:
         if rung.parity is not None:
             work.run.log_metrics(
@@ -73,14 +89,21 @@ def evaluate_files(
     evaluation = {
         "metrics": metrics,
         "reliability": diagrams,
+        "calibration": {
+            file: row.model_dump(mode="json") for file, row in calibrated_rows(logits, labels, temperatures).items()
+        },
         "integer_share": shares,
-        "parity": [rung.model_dump(mode="json") for rung in rungs],
+        "parity": [rung.model_dump(mode="json", exclude={"attribution", "limits"}) for rung in rungs],
     }
     with work.store.put("evaluation") as draft:
         (draft.folder / "evaluation.json").write_text(json.dumps(evaluation, indent=1, sort_keys=True))
+        (draft.folder / "ladder.json").write_text(json.dumps([each.model_dump(mode="json") for each in ladders]))
+        _write_layers(draft.folder / "layer_diff.csv", ladders)
         correct = {file: (values.argmax(dim=1) == labels).numpy() for file, values in logits.items()}
         for file, bits in correct.items():
             np.save(draft.folder / f"{file}.correct.npy", bits)
+        for file in ("evaluation.json", "ladder.json", "layer_diff.csv"):
+            work.run.log_file(draft.folder / file)
     flat = {
         f"{file}/{key}": value for file, row in metrics.items() for key, value in row.items() if key != "num_samples"
     }
@@ -97,61 +120,53 @@ def _ladder(
     student: str,
     dataset: Dataset,
     logits: Mapping[str, Tensor],
+    files: Mapping[str, StageResult],
     students: Mapping[str, StageResult],
     quantized: Mapping[str, StageResult],
     engines: Mapping[str, StageResult],
-) -> list[Rung]:
-    """torch float32 -> ONNX float32, and torch fake-quant -> ONNX INT8 -> engine; each against the rung before."""
-    labels = dataset.test.labels
+    unrun: Mapping[str, StageResult],
+) -> Ladder:
     model, spec = load_checkpoint(work.open(students[student]))
-    torch_logits = file_logits(model, dataset)
-    rows = [Rung(name=f"{student}: torch float32", against=None, parity=compare(torch_logits, torch_logits, labels))]
-
-    def step(
-        name: str,
-        against: str,
-        reference: Tensor,
-        candidate: Tensor,
-        *,
-        file: str | None = None,
-        floor: float | None = None,
-    ) -> None:
-        parity = compare(reference, candidate, labels)
-        full, other = f"{student}: {name}", f"{student}: {against}"
-        rows.append(Rung(name=full, against=other, parity=parity, floor=floor, file=file))
-
-    for form in ("float32", "float16"):
-        file = f"{student}.{form}"
-        if file in logits:
-            step(f"ONNX {form}", "torch float32", torch_logits, logits[file], file=file)
-    if student in quantized:
-        converted = load_quantized(work.open(quantized[student])).converted
-        fake_quant = file_logits(converted, dataset)
-        step("torch fake-quant", "torch float32", torch_logits, fake_quant)
-        floor = noise_floor(converted, dataset, spec.preprocessing)
-        for form, label in (("int8-symmetric", "ONNX INT8 symmetric"), ("int8", "ONNX INT8 u8")):
-            file = f"{student}.{form}"
-            if file in logits:
-                step(label, "torch fake-quant", fake_quant, logits[file], file=file, floor=floor)
-    if f"{student}.int8-ptq" in logits:
-        file = f"{student}.int8-ptq"
-        step("ONNX INT8 after training", "torch float32", torch_logits, logits[file], file=file)
-    for engine, result in engines.items():
-        if engine.startswith(f"{student}."):
-            note = f"{result.info.get('backend')} {result.info.get('backend_version')}"
-            rows.append(Rung(name=f"engine {engine}", against=None, parity=None, status=ENGINE_NOT_RUN, note=note))
-    return rows
+    own = {name.removeprefix(f"{student}."): name for name in files if name.startswith(f"{student}.")}
+    forms = Forms(
+        model=model,
+        files={form: work.open(files[name]) / "model.onnx" for form, name in own.items()},
+        split=dataset.test,
+        preprocessing=spec.preprocessing,
+        converted=load_quantized(work.open(quantized[student])).converted if student in quantized else None,
+        logits={form: logits[name] for form, name in own.items()},
+    )
+    built = [
+        Rung(
+            name=f"engine {engine}",
+            against=None,
+            parity=None,
+            status=ENGINE_NOT_RUN,
+            note=f"{result.info.get('backend')} {result.info.get('backend_version')}",
+        )
+        for engine, result in engines.items()
+        if engine.startswith(f"{student}.")
+    ]
+    for file in unrun:
+        if file.startswith(f"{student}."):
+            form = file.removeprefix(f"{student}.")
+            note = NOT_RUN_HERE[form]
+            built.append(
+                Rung(name=f"{student}: ONNX {form}", against=None, parity=None, status=ENGINE_NOT_RUN, note=note)
+            )
+    return climb(student, forms, not_run=built)
 
 
-def noise_floor(model: Callable[[Tensor], Tensor], dataset: Dataset, preprocessing: Preprocessing) -> float:
-    """Largest change of the quantized model's logits under input noise of 1e-7: rounding flips, not defects."""
-    images = normalise(torch.as_tensor(dataset.calibration.images[:64]), preprocessing)
-    return self_perturbation_floor(model, images)
+def _write_layers(path: Path, ladders: Sequence[Ladder]) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, LAYER_COLUMNS)
+        writer.writeheader()
+        writer.writerows(layer_rows(ladders))
 
 
 @stage(
     "benchmark",
-    code=("export.benchmark", "export.timing"),
+    code=("export.benchmark", "export.timing", "export.feed"),
     libraries=("onnxruntime-gpu",),
     tags=("training",),
 )
@@ -170,10 +185,10 @@ def benchmark_files(
     """Time all files interleaved in a process of their own; raw samples are kept."""
     models = {file: work.open(result) / "model.onnx" for file, result in files.items()}
     job = BenchmarkJob(models=models, reference=reference, batches=batches, threads=threads, rounds=rounds, seed=seed)
-    work.report("timing files", 0, 1)
     with work.store.put("benchmark") as draft:
-        result = run_benchmark(job, draft.folder)
-    work.report("timing files", 1, 1)
+        result = run_benchmark(
+            job, draft.folder, on_progress=lambda done, total: work.report("timing files", done, total)
+        )
     metrics = {}
     for row in result.rows:
         metrics[f"{row.model}/latency_p50_ms.b{row.batch}"] = row.latency_p50_ms

@@ -5,10 +5,11 @@ import logging
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
+from pydantic import TypeAdapter
 
 from compression.augment import normalise
 from compression.checkpoint import load_checkpoint, read_spec
@@ -17,11 +18,16 @@ from compression.errors import ExportError
 from compression.models import ModelSpec
 from compression.quantize import load_quantized
 from export.engine_trt import build_engine
-from export.onnx_graph import to_onnx
-from export.ptq import quantize_static
-from export.qdq import WeightForm, check_symmetric, to_u8_activations
+from export.formats import activation_ranges, to_bfloat16, to_fp8, to_int4
+from export.onnx_graph import GraphInfo, to_onnx
+from export.openvino import OpenVinoSession, to_openvino
+from export.profiles import Form, Manifest, Status, build_manifest, describe_graph, this_system
+from export.ptq import Calibration, quantize_static
+from export.qdq import WeightForm, check_symmetric, to_s8_activations, to_u8_activations
+from export.runtime import OnnxSession
 from export.sparsity import sparsity_of
-from export.targets import TensorRtRtxTarget, TensorRtTarget
+from export.targets import AnyTarget, OpenVinoTarget, TensorRtRtxTarget, TensorRtTarget
+from export.temperature import store_temperature, temperature_entries
 from tasks.artifacts import file_digest
 from tasks.stage import StageOutput, StageResult, Work, stage
 from tasks.teachers import MODEL_CODE
@@ -32,16 +38,20 @@ GRAPH_CODE = (
     *MODEL_CODE,
     "compression.quantize",
     *("export.onnx_graph", "export.graph_editor", "export.qdq", "export.ptq", "export.runtime", "export.sparsity"),
+    "export.formats",
+    "export.temperature",
 )
 GRAPH_LIBRARIES = ("torch", "torchao", "onnx", "onnxscript", "onnxruntime-gpu")
 SPARSE_FROM = 0.1
 """Share of zeros from which on a file is called sparse: rounding to INT8 makes a few by itself."""
-Form = Literal["float32", "float16", "int8", "int8-ptq", "int8-symmetric"]
+COMPARED = 64
+"""Calibration images a converted file and its source both answer."""
 
 
 def graph_metadata(spec: ModelSpec, lineage: dict[str, str]) -> dict[str, str]:
     """What every shipped graph says about itself."""
     return {
+        "form": lineage.get("form", "float32"),
         "class_names": json.dumps(list(spec.class_names)),
         "preprocessing": spec.preprocessing.model_dump_json(),
         "input_shape": json.dumps(list(spec.input_shape)),
@@ -73,16 +83,23 @@ def export_graph(
     teachers: dict[str, str],
     source: StageResult | None = None,
     int8_weights: WeightForm | None = None,
+    calibration: Calibration = "min_max",
+    temperature: StageResult | None = None,
 ) -> StageOutput:
-    """Write one ONNX file: float32, float16, symmetric INT8 (TensorRT), or INT8 with u8 activations (ONNX Runtime).
+    """Write one ONNX file in one of the forms that ``export.profiles.Form`` names.
 
-    ``int8`` rewrites the symmetric graph in ``source``; ``int8-ptq`` quantizes the float32 graph in ``source`` after
-    training, as the control arm. ``int8_weights`` is how these two write their weights, see ``export.qdq``.
+    ``source`` is the graph a form is an edit of: the symmetric one for ``int8`` and ``int8-arm``, the float32 one for
+    ``int8-ptq`` (the control arm), ``bfloat16``, ``int4`` and ``fp8``; the others are exported from the model.
+    ``int8_weights`` is how ``int8`` and ``int8-ptq`` write their weights, see ``export.qdq``; ``calibration`` how
+    ``int8-ptq`` finds ranges. A ``temperature`` is stored in the file, and divides the logits in it if the recipe says
+    so; edits inherit both from their source.
     """
     folder = work.open(model)
     spec = read_spec(folder)
     lineage = {"model": model.artifact.sha256, "data": data.artifact.sha256, "form": form, **teachers}
     metadata = graph_metadata(spec, lineage)
+    if source is not None:
+        metadata["source_sha256"] = file_digest(work.open(source) / "model.onnx")
     with work.store.put("graph") as draft:
         path = draft.folder / "model.onnx"
         if form in ("float32", "float16"):
@@ -95,17 +112,14 @@ def export_graph(
             raise ExportError(
                 f"Graph '{name}' of form {form} has no source graph, expected one. This is a defect of the flow."
             )
-        elif form == "int8":
-            info = to_u8_activations(work.open(source) / "model.onnx", path, weights=int8_weights, metadata=metadata)
         else:
-            images = calibration_images(work.open(data), spec)
-            info = quantize_static(
-                work.open(source) / "model.onnx",
-                path,
-                images,
-                preset="onnxruntime_x86",
-                weights=int8_weights,
-                metadata=metadata,
+            images = calibration_images(work.open(data), spec) if form in ("int8-ptq", "fp8") else None
+            edited = work.open(source) / "model.onnx"
+            entries = metadata | temperature_entries(edited)
+            info = _edit(edited, path, form, images, int8_weights, calibration, entries)
+        if temperature is not None:
+            info = store_temperature(
+                path, path, temperature.metrics["temperature"], apply=bool(temperature.info["apply"])
             )
     size = draft.done().size_bytes
     return StageOutput(
@@ -115,13 +129,46 @@ def export_graph(
     )
 
 
+def _edit(
+    source: Path,
+    path: Path,
+    form: Form,
+    images: np.ndarray | None,
+    weights: WeightForm | None,
+    calibration: Calibration,
+    metadata: Mapping[str, str],
+) -> GraphInfo:
+    """Write a form that is an edit of another graph; ``images`` are there for those that calibrate."""
+    if form == "int8":
+        return to_u8_activations(source, path, weights=weights, metadata=metadata)
+    if form == "int8-arm":
+        return to_s8_activations(source, path, metadata=metadata)
+    if form == "bfloat16":
+        return to_bfloat16(source, path, metadata=metadata)
+    if form == "int4":
+        return to_int4(source, path, metadata=metadata)
+    if images is None:
+        raise ExportError(f"Form {form} has no calibration images, expected some. This is a defect of the flow.")
+    if form == "fp8":
+        return to_fp8(source, path, activation_ranges(source, images), metadata=metadata)
+    return quantize_static(
+        source,
+        path,
+        images,
+        preset="onnxruntime_x86",
+        calibration=calibration,
+        weights=weights,
+        metadata=metadata,
+    )
+
+
 def calibration_images(data_folder: Path, spec: ModelSpec) -> np.ndarray:
     """Normalised calibration images [N,C,H,W], float32."""
     dataset = open_dataset(data_folder)
     return normalise(torch.as_tensor(dataset.calibration.images), spec.preprocessing).numpy()
 
 
-@stage("engine", code=("export.engine_trt", "export.targets"), libraries=("onnx",))
+@stage("engine", code=("export.engine_trt", "export.targets", "export.profiles"), libraries=("onnx",))
 def export_engine(
     work: Work,
     *,
@@ -132,7 +179,7 @@ def export_engine(
     compute_capability: str | None,
     backend: str,
 ) -> StageOutput:
-    """Build one engine ahead of time; it is described, hashed, and reported as built, not run."""
+    """Build one engine ahead of time, twice; it is described, hashed, and reported as built, not run."""
     source = work.open(graph) / "model.onnx"
     with work.store.put("engine") as draft:
         built = build_engine(
@@ -141,6 +188,7 @@ def export_engine(
             target,
             compute_capability=compute_capability,
             input_shape=input_shape,
+            check_rebuild=True,
         )
         facts = {
             "backend": built.backend,
@@ -150,24 +198,61 @@ def export_engine(
             "engine_sha256": built.sha256,
             "onnx_sha256": file_digest(source),
             "status": built.status,
+            "rebuild": built.rebuild,
             "profile": built.profile,
+            "system": this_system(),
+            "graph": describe_graph(source),
         }
         (draft.folder / "engine.json").write_text(json.dumps(facts, indent=1, sort_keys=True, default=list))
     return StageOutput(artifact=draft.done(), metrics={"size_bytes": float(built.size_bytes)}, info=facts)
 
 
-def write_target(folder: Path, target: Mapping[str, Any], files: Mapping[str, Path], facts: Mapping[str, Any]) -> None:
-    """Copy a target's files into ``folder`` with a manifest that says for which runtime each one is."""
+@stage("openvino", code=("export.openvino", "export.targets", "export.profiles"), libraries=("onnx", "onnxruntime-gpu"))
+def export_openvino(
+    work: Work, *, name: str, target: OpenVinoTarget, graph: StageResult, data: StageResult, backend: str
+) -> StageOutput:
+    """Convert a graph for OpenVINO and compare the answers of both files on calibration images, on this CPU."""
+    source = work.open(graph) / "model.onnx"
+    dataset = open_dataset(work.open(data))
+    raw = torch.as_tensor(dataset.calibration.images[:COMPARED])
+    images = normalise(raw, dataset.preprocessing).numpy()
+    with work.store.put("openvino") as draft:
+        made = to_openvino(source, draft.folder)
+        session = OpenVinoSession(made.graph)
+        found, wanted = session.run(images), OnnxSession(source).run(images)
+        facts = {
+            "backend": "openvino",
+            "backend_version": made.version,
+            "precision": target.precision,
+            "onnx_sha256": file_digest(source),
+            "status": "built, not run",
+            "layer_types": session.layer_types(),
+            "max_abs": float(np.abs(found - wanted).max()),
+            "flips": float((found.argmax(1) != wanted.argmax(1)).mean()),
+            "compared": len(images),
+            "graph": describe_graph(source),
+        }
+        (draft.folder / "openvino.json").write_text(json.dumps(facts, indent=1, sort_keys=True, default=list))
+    sizes = {"size_bytes": float(made.size_bytes), "flips": facts["flips"], "max_abs": facts["max_abs"]}
+    return StageOutput(artifact=draft.done(), metrics=sizes, info=facts)
+
+
+def write_target(
+    folder: Path,
+    target: AnyTarget | Mapping[str, Any],
+    files: Mapping[str, Path],
+    facts: Mapping[str, Any],
+    *,
+    status: Status | None = None,
+) -> Manifest:
+    """Copy a target's files into ``folder`` with a manifest that says for which device they are.
+
+    ``files`` and ``facts`` as in ``export.profiles.build_manifest``; ``export.profiles.read_manifest`` reads it back.
+    """
+    known: AnyTarget = TypeAdapter(AnyTarget).validate_python(dict(target) if isinstance(target, Mapping) else target)
+    manifest = build_manifest(known, files, facts, status=status)
     folder.mkdir(parents=True, exist_ok=True)
-    rows = []
     for name, source in files.items():
-        place = folder / name
-        shutil.copyfile(source, place)
-        rows.append({"file": name, "sha256": file_digest(place), "size_bytes": place.stat().st_size})
-    runtime = {
-        "onnxruntime": "ONNX Runtime, CPU",
-        "tensorrt_rtx": "TensorRT-RTX, the named compute capability",
-        "tensorrt": "TensorRT, exactly the version and GPU that built it",
-    }[target["kind"]]
-    manifest = {"target": dict(target), "runtime": runtime, "files": rows, **facts}
-    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1, default=str))
+        shutil.copyfile(source, folder / name)
+    (folder / "manifest.json").write_text(manifest.model_dump_json(indent=1), encoding="utf-8")
+    return manifest

@@ -2,7 +2,7 @@
 
 import importlib.metadata
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,11 @@ import torch
 
 from compression.data import open_dataset
 from compression.statistics import accuracy_drop, mcnemar
+from export.diagnosis import DiagnosisReport
 from export.evidence import Evidence, latency_facts, worst_class_drop
 from export.gate import Policy, decide
 from export.latency import BenchmarkResult
+from export.profiles import Form, forms_of, runs_here
 from export.runtime import cpu_features
 from export.shipping import choose_shipped
 from export.targets import AnyTarget, OnnxRuntimeTarget
@@ -22,7 +24,14 @@ from tasks import tracking
 from tasks.stage import StageOutput, StageResult, Work, stage
 
 
-@stage("gate", code=("export.gate", "export.shipping", "export.evidence", "compression.statistics"))
+@stage(
+    "gate",
+    code=(
+        *("export.gate", "export.shipping", "export.evidence", "compression.statistics"),
+        *("export.diagnosis", "export.finding", "export.findings", "export.findings_int8"),
+        "export.profiles",
+    ),
+)
 def judge(
     work: Work,
     *,
@@ -36,6 +45,8 @@ def judge(
     data: StageResult,
     evaluation: StageResult,
     benchmark: StageResult,
+    diagnosis: StageResult,
+    robustness: StageResult | None,
     seed: int,
 ) -> StageOutput:
     """Decide, for every target, which file ships and why; decided on interval bounds."""
@@ -45,32 +56,53 @@ def judge(
     labels = open_dataset(work.open(data)).test.labels
     correct = {file: torch.from_numpy(np.load(folder / f"{file}.correct.npy")) for file in facts["metrics"]}
     reference = f"teacher-{best_teacher}.float32"
+    report = DiagnosisReport.model_validate_json((work.open(diagnosis) / "diagnosis.json").read_text())
+    diagnoses = {file: row.diagnosis for file, row in report.files.items() if row.diagnosis}
+    gaps: dict[str, Any] = {}
+    if robustness is not None:
+        content = json.loads((work.open(robustness) / "robustness.json").read_text())
+        gaps = {file: row.get("gap_increase") for file, row in content["files"].items()}
     verdicts: dict[str, Verdict] = {}
     for target in targets:
         limits = policy.model_copy(update=_budgets(policy, target))
-        if isinstance(target, OnnxRuntimeTarget):
-            forms = ("float32", "int8") if target.precision == "int8" else ("float32",)
+        if isinstance(target, OnnxRuntimeTarget) and runs_here(target):
+            forms = forms_of(target)
             candidates = [f"{student}.{form}" for student in students for form in forms if f"{student}.{form}" in files]
             evidence = [
-                _evidence(target, file, reference, facts, timing, correct, labels, files, seed) for file in candidates
+                _evidence(target, file, reference, facts, timing, correct, labels, files, gaps, seed)
+                for file in candidates
             ]
-            verdicts[target.name] = choose_shipped(limits, evidence)
+            verdicts[target.name] = choose_shipped(limits, evidence, diagnoses)
         else:
-            for engine, result in engines.items():
-                if f".{target.name}" in engine:
-                    built = Evidence(
-                        target=target.name,
-                        candidate=engine,
-                        precision=target.precision,
-                        ran=False,
-                        size_bytes=result.artifact.size_bytes,
-                    )
-                    verdicts[engine] = decide(limits, built)
+            for candidate, precision, result in _unrun(target, students, files, engines):
+                built = Evidence(
+                    target=target.name,
+                    candidate=candidate,
+                    precision=precision,
+                    ran=False,
+                    size_bytes=result.artifact.size_bytes,
+                )
+                verdicts[candidate] = decide(limits, built)
     verdict = combine(verdicts)
     with work.store.put("verdict") as draft:
         (draft.folder / "verdict.json").write_text(verdict.model_dump_json(indent=1))
     work.run.tag({"verdict": verdict.outcome})
     return StageOutput(artifact=draft.done(), info=verdict.model_dump(mode="json"))
+
+
+def _unrun(
+    target: AnyTarget, students: Sequence[str], files: Mapping[str, StageResult], engines: Mapping[str, StageResult]
+) -> Iterator[tuple[str, Form, StageResult]]:
+    """What was built for a target that this machine is not: engines, and files for other processors."""
+    if isinstance(target, OnnxRuntimeTarget):
+        form = forms_of(target)[-1]
+        for student in students:
+            if f"{student}.{form}" in files:
+                yield f"{student}.{form}", form, files[f"{student}.{form}"]
+        return
+    for engine, result in engines.items():
+        if engine.partition(".")[2] == target.name or engine.partition(".")[2].startswith(f"{target.name}-sm"):
+            yield engine, target.precision, result
 
 
 def _budgets(policy: Policy, target: AnyTarget) -> dict[str, Any]:
@@ -91,6 +123,7 @@ def _evidence(
     correct: Mapping[str, torch.Tensor],
     labels: torch.Tensor,
     files: Mapping[str, StageResult],
+    gaps: Mapping[str, Any],
     seed: int,
 ) -> Evidence:
     metrics, teacher = facts["metrics"][file], facts["metrics"][reference]
@@ -108,6 +141,7 @@ def _evidence(
         accuracy_drop=accuracy_drop(correct[reference], correct[file], seed=seed),
         mcnemar_p=mcnemar(correct[reference], correct[file]),
         worst_class_drop=worst_class_drop(correct[reference], correct[file], labels, seed=seed),
+        robust_gap_increase=gaps.get(file),
         ece=metrics["ece"],
         teacher_ece=teacher["ece"],
         flips=rung["parity"]["flips"] if rung else None,

@@ -29,18 +29,20 @@ def set_threads(threads: int) -> None:
 
 
 def engine_backend(kind: str) -> str:
-    """Name and version of the library that builds engines of this kind.
+    """Name and version of the library that builds files for targets of this kind.
 
     Raises:
         ExportError: it is not installed; the message says how to get it.
     """
-    package = {"tensorrt_rtx": "tensorrt-rtx", "tensorrt": "tensorrt"}[kind]
+    package = {"tensorrt_rtx": "tensorrt-rtx", "tensorrt": "tensorrt", "openvino": "openvino"}[kind]
     try:
         return f"{package} {importlib.metadata.version(package)}"
     except importlib.metadata.PackageNotFoundError as error:
         way = "pip install 'stillhouse[tensorrt]' (on a Linux host with NVIDIA's package index)"
         if kind == "tensorrt_rtx":
             way = "pip install tensorrt-rtx (Linux x86-64)"
+        elif kind == "openvino":
+            way = "pip install 'stillhouse[openvino]'"
         raise ExportError(
             f"A target has kind {kind}, but {package} is not installed. Get it with {way}, or remove the target; "
             "targets of kind onnxruntime run without it."

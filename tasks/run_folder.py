@@ -17,6 +17,7 @@ from export.comparison import COLUMNS, pareto_flags, read_comparison, write_comp
 from export.latency import BenchmarkResult
 from export.report.page import build_report
 from export.runtime import cpu_features
+from export.temperature import temperature_of
 from export.verdict import RunVerdict
 from tasks import tracking
 from tasks.artifacts import Store
@@ -40,11 +41,17 @@ class OutcomeLike(Protocol):
     search: StageResult
     students: dict[str, StageResult]
     controls: dict[str, StageResult]
+    sensitivities: dict[str, StageResult]
     quantized: dict[str, StageResult]
     files: dict[str, StageResult]
+    unrun: dict[str, StageResult]
+    failures: dict[str, str]
     engines: dict[str, StageResult]
     evaluation: StageResult | None
+    robustness: StageResult | None
+    attention: StageResult | None
     benchmark: StageResult | None
+    diagnosis: StageResult | None
     verdict: StageResult | None
     registered: StageResult | None
 
@@ -69,8 +76,7 @@ def write_run_folder(
     folder = settings().runs_dir / name / f"{stamp}-{parent.id[:8]}"
     folder.mkdir(parents=True, exist_ok=True)
     facts = json.loads((store.open(outcome.evaluation.artifact) / "evaluation.json").read_text())
-    timing_folder = store.open(outcome.benchmark.artifact)
-    timing = BenchmarkResult.model_validate_json((timing_folder / "latency.json").read_text())
+    timing = BenchmarkResult.model_validate_json((store.open(outcome.benchmark.artifact) / "latency.json").read_text())
     verdict = RunVerdict.model_validate(outcome.verdict.info)
 
     (folder / "recipe.resolved.yaml").write_text(recipe_yaml, encoding="utf-8")
@@ -84,8 +90,20 @@ def write_run_folder(
     _write_json(folder / "reliability.json", facts["reliability"])
     (folder / "verdict.json").write_text(verdict.model_dump_json(indent=1))
     shutil.copyfile(store.open(outcome.search.artifact) / "trials.csv", folder / "trials.csv")
-    for file in ("latency.json", "latency_raw.csv"):
-        shutil.copyfile(timing_folder / file, folder / file)
+    for kept, files in (
+        (outcome.benchmark, ("latency.json", "latency_raw.csv")),
+        (outcome.evaluation, ("ladder.json", "layer_diff.csv")),
+        (outcome.diagnosis, ("diagnosis.json",)),
+        (outcome.robustness, ("robustness.json",)),
+        (outcome.attention, ("attention.json",)),
+    ):
+        if kept is None:
+            continue
+        for file in files:
+            shutil.copyfile(store.open(kept.artifact) / file, folder / file)
+    calibration = {"teacher": timing.reference, "class_names": outcome.data.info.get("class_names", [])}
+    _write_json(folder / "calibration.json", {**calibration, "files": facts["calibration"]})
+    _write_json(folder / "sensitivity.json", _layers(folder, outcome, store))
     _write_parity(folder / "parity.csv", facts["parity"])
     rows = comparison_rows(recipe, outcome, facts, timing, verdict)
     write_comparison(rows, folder / "comparison.csv")
@@ -112,6 +130,22 @@ def write_run_folder(
     }
 
 
+def _layers(folder: Path, outcome: OutcomeLike, store: Store) -> dict[str, Any]:
+    """Model -> its sensitivity table (also as CSV), which layers stayed in float, and what accuracy control did."""
+    found: dict[str, Any] = {}
+    for name in dict.fromkeys([*outcome.sensitivities, *outcome.quantized]):
+        facts: dict[str, Any] = {}
+        if name in outcome.sensitivities:
+            place = store.open(outcome.sensitivities[name].artifact)
+            facts["table"] = json.loads((place / "sensitivity.json").read_text())
+            shutil.copyfile(place / "sensitivity.csv", folder / f"sensitivity-{name}.csv")
+        if name in outcome.quantized:
+            facts |= {key: outcome.quantized[name].info.get(key) for key in ("keep_float", "control")}
+        if "table" in facts or facts.get("control"):
+            found[name] = facts
+    return found
+
+
 def comparison_rows(
     recipe: Mapping[str, Any],
     outcome: OutcomeLike,
@@ -126,6 +160,7 @@ def comparison_rows(
     features = cpu_features()
     isa = "+".join(flag for flag in ("avx2", "avx512", "vnni", "dot_product") if getattr(features, flag))
     rungs = {row["file"]: row["parity"] for row in facts["parity"] if row.get("file") and row["parity"]}
+    corrupted = outcome.robustness.metrics if outcome.robustness is not None else {}
     rows: list[dict[str, Any]] = []
     batches = sorted({row.batch for row in timing.rows})
     points = []
@@ -135,7 +170,7 @@ def comparison_rows(
         metrics = facts["metrics"][file]
         control = None
         if role == "student":
-            control = f"{base}.int8-ptq" if form == "int8" else f"{base}-control.float32"
+            control = f"{base}.int8-ptq" if form in ("int8", "int8-arm") else f"{base}-control.float32"
             control = control if control in outcome.files and form != "int8-ptq" else None
         if form.startswith("int8") and form != "int8-ptq" and base in outcome.quantized:
             seconds += outcome.quantized[base].seconds
@@ -151,10 +186,12 @@ def comparison_rows(
             "teachers": ", ".join(model.info.get("panel", [])) or None,
             "seed": recipe["seed"],
             **{key: metrics[key] for key in ("accuracy", "nll", "ece", "brier")},
+            "ece_scaled": ((facts["calibration"].get(file) or {}).get("after") or {}).get("ece"),
+            "accuracy_corrupted": corrupted.get(f"{file}/corrupted_accuracy"),
             "delta_teacher": metrics["accuracy"] - facts["metrics"][best]["accuracy"],
             "params": model.metrics.get("params"),
             "macs": model.metrics.get("macs"),
-            "precision": form.removesuffix("-ptq").removesuffix("-symmetric"),
+            "precision": "int8" if form.startswith("int8") else form,
             "size_bytes": result.metrics["size_bytes"],
             **{key: result.metrics[key] for key in SPARSE_FACTS if key in result.metrics},
             "runtime": f"onnxruntime {timing.environment.get('onnxruntime', '')}".strip(),
@@ -188,6 +225,19 @@ def comparison_rows(
         places = [place for place, point in enumerate(points) if point[2] == batch]
         for place, flag in zip(places, pareto_flags([points[place][:2] for place in places]), strict=True):
             rows[place]["pareto"] = flag
+    for file, why in outcome.failures.items():
+        rows.append({"id": file, "role": "file", "recipe": recipe["name"], "status": f"failed: {why}"})
+    for file, result in outcome.unrun.items():
+        rows.append(
+            {
+                "id": file,
+                "role": "file",
+                "precision": result.info.get("form"),
+                "recipe": recipe["name"],
+                "size_bytes": result.metrics["size_bytes"],
+                "status": "built, not run",
+            }
+        )
     for engine, result in outcome.engines.items():
         rows.append(
             {
@@ -219,7 +269,7 @@ def _origin(base: str, outcome: OutcomeLike) -> tuple[str, StageResult, float]:
 def _stages(role: str, form: str, *, sparse: bool, dense: bool) -> str:
     made = {"teacher": ["train"], "student": ["search", "distil"], "control": ["search", "train"]}[role]
     made = ["search", "distil"] if dense else [*made, "sparsify"] if sparse else made
-    extra = {"int8": ["qat", "export"], "int8-symmetric": ["qat", "export"], "int8-ptq": ["ptq"]}.get(form, ["export"])
+    extra = ["ptq"] if form == "int8-ptq" else ["quantize", "export"] if form.startswith("int8") else ["export"]
     return " > ".join([*made, *extra])
 
 
@@ -326,18 +376,29 @@ def _write_exports(
         name = target["name"]
         files: dict[str, Path] = {}
         notes: dict[str, Any] = {"recipe": recipe["name"], "data": outcome.data.artifact.sha256}
-        if target["kind"] == "onnxruntime":
+        if target["kind"] == "onnxruntime" and name in verdict.targets:
             ships = verdict.targets[name].ships
             candidate = ships or verdict.targets[name].candidate
             notes |= {"accepted": ships is not None, "file": candidate}
             files["model.onnx"] = store.open(outcome.files[candidate].artifact) / "model.onnx"
+            notes["temperature"] = temperature_of(files["model.onnx"])
+        elif target["kind"] == "onnxruntime":  # for another kind of processor than this one
+            for candidate, judged in verdict.targets.items():
+                if judged.target == name and candidate in outcome.files:
+                    files[f"{candidate}.onnx"] = store.open(outcome.files[candidate].artifact) / "model.onnx"
         else:
             for engine, result in outcome.engines.items():
-                if f".{name}" in engine:
-                    place = store.open(result.artifact)
+                if verdict.targets[engine].target != name:
+                    continue
+                place = store.open(result.artifact)
+                if target["kind"] == "openvino":
+                    files |= {f"{engine}.{end}": place / f"model.{end}" for end in ("xml", "bin")}
+                    files[f"{engine}.json"] = place / "openvino.json"
+                else:
                     files[f"{engine}.engine"] = place / "model.engine"
                     files[f"{engine}.json"] = place / "engine.json"
-            notes["status"] = "built, not run"
+        if not files:
+            continue
         write_target(folder / name, target, files, notes)
 
 

@@ -28,6 +28,7 @@ from export.onnx_graph import to_onnx
 from export.timing import latency_beside, latency_p50_ms
 from tasks import tracking
 from tasks.progress import Report
+from tasks.sensitivity import open_table
 from tasks.settings import settings
 from tasks.stage import StageOutput, StageResult, Work, stage
 from tasks.teachers import TRAINING_CODE
@@ -110,8 +111,12 @@ def search(
     augment: AnyAugment,
     machine: str,
     seed: int,
+    sensitivity: StageResult | None = None,
 ) -> StageOutput:
-    """Try students of all spaces; keep every trial, and the finalists as they were before training."""
+    """Try students of all spaces; keep every trial, and the finalists as they were before training.
+
+    ``sensitivity`` is the table of the best teacher, for spaces that start from it.
+    """
     dataset = open_dataset(work.open(data))
     parents = {teacher: load_checkpoint(work.open(result)) for teacher, result in teachers.items()}
     stored = [StoredOutputs.open(work.open(result)) for result in panel.values()]
@@ -177,6 +182,7 @@ def search(
         best_teacher=best_teacher,
         latency_model=predictor,
         past=past,
+        sensitivity={} if sensitivity is None else {best_teacher: open_table(work.open(sensitivity))},
         on_trial=on_trial,
     )
     shop = work.scratch / "candidates" / "shop"

@@ -22,7 +22,7 @@ BLACK_BOX = "black box"
 """In place of the kind of model, where there are outputs alone."""
 GIVEN = "given.npz"
 MODEL_CODE = ("compression.zoo", "compression.models", "compression.checkpoint")
-TRAINING_CODE = (*MODEL_CODE, "compression.train", "compression.augment")
+TRAINING_CODE = (*MODEL_CODE, "compression.train", "compression.augment", "compression.robustness.chains")
 
 
 @stage("teacher", code=(*TRAINING_CODE, "compression.teachers"), libraries=("torch", "timm"), tags=("training",))

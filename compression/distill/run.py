@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from compression.augment import AnyAugment
+from compression.augment import AnyAugment, Robust, clean_part
 from compression.data.dataset import Dataset, with_pool, without_labels
 from compression.distill.config import DistillConfig
 from compression.distill.merging import Merge, merge_branches
@@ -112,9 +112,16 @@ def check_panel(panel: Sequence[TeacherLogits], dataset: Dataset, config: Distil
 
     Raises:
         ShapeError: other classes, or the same in another order.
-        CompressionError: other augmentation, other seeds, or too few views.
+        CompressionError: other augmentation, other seeds, or too few views; or teachers that run live under robust
+            views.
     """
-    wants_features = any(loss.needs.teacher_features for loss in config.losses)
+    live = config.needs_teachers or (config.teachers.adds_snapshot and f"combination '{config.teachers.kind}'")
+    if panel and live and isinstance(augment, Robust):
+        raise CompressionError(
+            f"Augmentation 'robust' has {live} beside it, which runs teachers on what the student sees, expected "
+            "stored teachers alone, whose answers are those to the clean view. Take another augmentation, or remove it."
+        )
+    wants_features, clean = any(loss.needs.teacher_features for loss in config.losses), clean_part(augment)
     for number, teacher in enumerate(panel):
         if wants_features and not teacher.spec.features:
             raise CompressionError(
@@ -128,10 +135,10 @@ def check_panel(panel: Sequence[TeacherLogits], dataset: Dataset, config: Distil
                 f"data set '{dataset.name}' ({', '.join(dataset.class_names[:5])}, ...). "
                 "Use a teacher of the same classes."
             )
-        if teacher.spec.augment != augment or teacher.spec.seed != panel[0].spec.seed:
+        if teacher.spec.augment != clean or teacher.spec.seed != panel[0].spec.seed:
             raise CompressionError(
                 f"Outputs of teacher {number} of the panel have views of {teacher.spec.augment!r} with seed "
-                f"{teacher.spec.seed}, expected {augment!r} with seed {panel[0].spec.seed}. Store them again."
+                f"{teacher.spec.seed}, expected {clean!r} with seed {panel[0].spec.seed}. Store them again."
             )
         if teacher.spec.views < config.views:
             raise CompressionError(

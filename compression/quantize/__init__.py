@@ -1,24 +1,26 @@
-"""INT8: placement, simulated rounding, fine-tuning and conversion."""
+"""INT8: placement, ranges, simulated rounding, fine-tuning and conversion."""
 
 from compression.quantize.annotator import SymmetricInt8
+from compression.quantize.control import AccuracyControl
 from compression.quantize.number_format import NumberFormat
 from compression.quantize.prepared import FakeQuantized, Quantized, convert, prepare_qat
-from compression.quantize.qat import (
-    Qat,
+from compression.quantize.ptq import Ptq, ptq
+from compression.quantize.qat import Qat, qat
+from compression.quantize.student import (
+    AnyQuantizer,
     QuantizedStudent,
     StoredStudent,
     load_quantized,
-    qat,
     quantize,
     save_quantized,
 )
 
-AnyQuantizer = Qat
-
 __all__ = [
+    "AccuracyControl",
     "AnyQuantizer",
     "FakeQuantized",
     "NumberFormat",
+    "Ptq",
     "Qat",
     "Quantized",
     "QuantizedStudent",
@@ -27,6 +29,7 @@ __all__ = [
     "convert",
     "load_quantized",
     "prepare_qat",
+    "ptq",
     "qat",
     "quantize",
     "save_quantized",

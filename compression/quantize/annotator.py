@@ -25,6 +25,7 @@ from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY
 
 from compression.errors import CompressionError
 from compression.quantize.folding import batch_norm
+from compression.quantize.learned_steps import LearnedFakeQuantize
 from compression.quantize.number_format import INT8, NumberFormat
 from compression.quantize.rounding import SymmetricFakeQuantize
 
@@ -49,15 +50,22 @@ class SymmetricInt8(Quantizer):
     """
 
     def __init__(self, number_format: NumberFormat = INT8) -> None:
-        """Set the number formats; 7-bit weights use -63..63, whose products with activations fit into 16 bits."""
+        """Set the number formats; weights of b bits use -(2^(b-1) - 1) to 2^(b-1) - 1, so that signs can change.
+
+        With 7 bits, -63..63, products with activations fit into 16 bits.
+        """
         self.keep_float = number_format.keep_float
+        quantizer = LearnedFakeQuantize if number_format.learned_steps else SymmetricFakeQuantize
         self.activation = QuantizationSpec(
             dtype=torch.int8,
             quant_min=-128,  # as ONNX saturates
             quant_max=127,
             qscheme=torch.per_tensor_symmetric,
-            observer_or_fake_quant_ctr=SymmetricFakeQuantize.with_args(
-                observer=MovingAverageMinMaxObserver, averaging_constant=number_format.averaging, eps=SMALLEST_SCALE
+            observer_or_fake_quant_ctr=quantizer.with_args(
+                observer=MovingAverageMinMaxObserver,
+                averaging_constant=number_format.averaging,
+                eps=SMALLEST_SCALE,
+                follows=number_format.calibration == "min_max",
             ),
         )
         limit = 2 ** (number_format.weight_bits - 1) - 1
@@ -67,7 +75,7 @@ class SymmetricInt8(Quantizer):
             quant_max=limit,
             qscheme=torch.per_channel_symmetric,
             ch_axis=0,
-            observer_or_fake_quant_ctr=SymmetricFakeQuantize.with_args(
+            observer_or_fake_quant_ctr=quantizer.with_args(
                 # The range of the weights as they are now, not as they were.
                 observer=MovingAveragePerChannelMinMaxObserver,
                 averaging_constant=1.0,

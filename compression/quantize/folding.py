@@ -106,11 +106,7 @@ def _scaled_weight(graph: GraphModule, source: Any, factor: Tensor, name: str) -
     folded = _parameter(graph, f"{name}_folded_weight", weight * factor.reshape(shape))
     if quantizer is None:
         return folded
-    observer: Any = quantizer.activation_post_process
-    ends = torch.stack([observer.min_val * factor, observer.max_val * factor])
-    observer.min_val.copy_(ends.amin(dim=0))
-    observer.max_val.copy_(ends.amax(dim=0))
-    quantizer.scale.copy_(quantizer.calculate_qparams()[0])
+    quantizer.rescale(factor)
     graph.add_submodule(f"{name}_folded_quantizer", quantizer)
     return graph.graph.call_module(f"{name}_folded_quantizer", (folded,))
 

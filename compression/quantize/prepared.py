@@ -2,7 +2,9 @@
 
 import copy
 import logging
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -14,7 +16,9 @@ from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_qat_pt
 from compression.errors import CheckpointError, CompressionError
 from compression.quantize.annotator import SymmetricInt8
 from compression.quantize.folding import batch_norm, fold_batch_norms, hide_batch_norms, show_batch_norms
+from compression.quantize.learned_steps import LearnedFakeQuantize
 from compression.quantize.number_format import INT8, NumberFormat
+from compression.quantize.observers import Magnitudes, find_range
 from compression.quantize.rounding import SymmetricFakeQuantize
 
 LOGGER = logging.getLogger(__name__)
@@ -33,8 +37,8 @@ class FakeQuantized(nn.Module):
     """A model whose weights and activations are rounded to INT8 in the forward pass, still trainable.
 
     ``train()`` and ``eval()`` work as on any module: in eval mode batch norm uses its running statistics,
-    dropout is off and no range moves. After ``freeze()`` ranges and batch norm statistics stay as they are
-    in train mode too; the flag is part of the state, so a resumed training goes on in the same mode.
+    dropout is off and no range moves. After ``freeze()`` ranges, learned or observed, and batch norm statistics stay
+    as they are in train mode too; the flag is part of the state, so a resumed training goes on in the same mode.
     Gradients pass the rounding unchanged inside the range and are 0 outside (straight-through estimator,
     Bengio et al. 2013, arXiv:1308.3432).
     """
@@ -57,7 +61,7 @@ class FakeQuantized(nn.Module):
         self.training = mode
         moving = mode and not bool(self.frozen)
         for quantizer in self.quantizers():
-            (quantizer.enable_observer if moving else quantizer.disable_observer)()
+            quantizer.adapt(moving)
         _set_mode(self.body, batch_norm_moves=moving, dropout=mode)
         return self
 
@@ -100,13 +104,14 @@ def prepare_qat(
     Args:
         model: The float model.
         input_shape: Channels, height, width.
-        calibration: Normalised images [N, C, H, W] that set the first activation ranges: the mean over
-            batches of 64 of the extremes. None only before loading a state.
+        calibration: Normalised images [N, C, H, W] that set the first activation ranges: the mean over batches of 64
+            of the extremes, or what ``number_format.calibration`` finds in the magnitudes of all batches. None only
+            before loading a state.
         number_format: Bits, ranges, and the layers that stay in float.
 
     Raises:
-        CompressionError: the model can't be captured as a graph, has nothing to quantize, or lacks a layer that
-            ``keep_float`` names.
+        CompressionError: the model can't be captured as a graph, has nothing to quantize, lacks a layer that
+            ``keep_float`` names, or overflows on the calibration images.
     """
     # Eval mode: what else depends on the mode (stochastic depth) would be captured with its randomness.
     source = copy.deepcopy(model).eval()
@@ -133,7 +138,7 @@ def prepare_qat(
     prepared = FakeQuantized(prepare_qat_pt2e(hide_batch_norms(graph), quantizer))
     prepared.to(weight.device)
     if calibration is not None:
-        _calibrate(prepared, calibration.to(weight.device).split(CALIBRATION_BATCH))
+        _calibrate(prepared, calibration.to(weight.device).split(CALIBRATION_BATCH), number_format)
     return prepared
 
 
@@ -175,7 +180,10 @@ def load_prepared(
 
     prepared = prepare_qat(model, input_shape, None, number_format)
     try:
-        prepared.load_state_dict(load_file(path))
+        state = OrderedDict(load_file(path))
+        # Without versions the observers take it for an old state, and replace the smallest scale by torch's own.
+        state._metadata = prepared.state_dict()._metadata  # pyright: ignore[reportAttributeAccessIssue]
+        prepared.load_state_dict(state)
     except (OSError, SafetensorError, RuntimeError) as error:
         first = str(error).strip().splitlines()[0]
         raise CheckpointError(
@@ -186,7 +194,7 @@ def load_prepared(
 
 
 @torch.no_grad()
-def _calibrate(prepared: FakeQuantized, batches: Sequence[Tensor]) -> None:
+def _calibrate(prepared: FakeQuantized, batches: Sequence[Tensor], number_format: NumberFormat) -> None:
     """Set the ranges from the float model: batch norm in eval mode, rounding off, observers on."""
     quantizers = prepared.quantizers()
     observers = [module for module in prepared.modules() if isinstance(module, MovingAverageMinMaxObserver)]
@@ -194,15 +202,47 @@ def _calibrate(prepared: FakeQuantized, batches: Sequence[Tensor]) -> None:
     for quantizer in quantizers:
         quantizer.enable_observer()
         quantizer.disable_fake_quant()
-    for count, batch in enumerate(batches, start=1):
-        for observer in observers:
-            observer.averaging_constant = 1 / count
-        prepared.body(batch)
+    searched = [] if number_format.calibration == "min_max" else [q for q in quantizers if not q.is_per_channel]
+    with _magnitudes_of(searched) as seen:
+        for count, batch in enumerate(batches, start=1):
+            for observer in observers:
+                observer.averaging_constant = 1 / count
+            prepared.body(batch)
+    for quantizer, magnitudes in zip(searched, seen, strict=True):
+        quantizer.set_range(find_range(magnitudes.histogram(), number_format))
     for quantizer in quantizers:
         quantizer.enable_fake_quant()
     for observer, constant in zip(observers, constants, strict=True):
         observer.averaging_constant = constant
+    _start_learning(prepared.body)
     prepared.eval()
+
+
+@contextmanager
+def _magnitudes_of(quantizers: Sequence[nn.Module]) -> Iterator[list[Magnitudes]]:
+    """What passes through each of the quantizers inside the block."""
+    seen = [Magnitudes() for _ in quantizers]
+
+    def counting(magnitudes: Magnitudes) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        return lambda _, inputs: magnitudes.add(inputs[0])
+
+    hooks = [
+        quantizer.register_forward_pre_hook(counting(magnitudes))
+        for quantizer, magnitudes in zip(quantizers, seen, strict=True)
+    ]
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _start_learning(graph: GraphModule) -> None:
+    for node in graph.graph.nodes:
+        quantizer = graph.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if isinstance(quantizer, LearnedFakeQuantize):
+            source = node.args[0]
+            quantizer.start(graph.get_parameter(source.target) if quantizer.is_per_channel else None)
 
 
 def _set_mode(graph: GraphModule, *, batch_norm_moves: bool, dropout: bool) -> None:

@@ -22,6 +22,7 @@ from compression.card import MethodCard
 from compression.checkpoint import load_checkpoint, save_checkpoint
 from compression.errors import CompressionError, ShapeError
 from compression.models import ModelSpec, build_model, diff_edits
+from compression.search.allocation import allocations, stage_costs
 from compression.search.criteria import Criterion, check_criterion, criterion_named
 from compression.search.space import Choices, Genes, Space, Workshop
 from compression.search.units import (
@@ -81,6 +82,9 @@ class Prune(Space):
     stage_ratios: tuple[Ratio, ...] = ()
     """Shares of channels to choose from for each stage by itself, instead of ``ratios``: for each resolution, or for
     attention heads, MLP widths and embedding width."""
+    use_sensitivity: bool = False
+    """Begin with ratios that spare the stages whose layers lose most with half their channels, by the parent's
+    sensitivity table; changes nothing without ``stage_ratios``."""
     heads: bool = True
     """Whether a network of tokens loses attention heads."""
     mlp: bool = True
@@ -168,6 +172,21 @@ class Prune(Space):
         stages = 1 + max(self._whole(shop).stages.values())
         return {**{f"ratio_{stage}": self.stage_ratios for stage in range(stages)}, **orders}
 
+    @property
+    def wants_sensitivity(self) -> bool:
+        """Whether ``shop.sensitivity`` must have the parent's table."""
+        return self.use_sensitivity and bool(self.stage_ratios)
+
+    def first_choices(self, shop: Workshop) -> list[Choices]:
+        """Allocations by sensitivity, see :func:`compression.search.allocation.allocations`; none if not asked for."""
+        if not self.wants_sensitivity:
+            return []
+        costs = stage_costs(self._whole(shop).layers, shop.sensitivity[self.parent], self.parent)
+        return [
+            {f"ratio_{stage}": ratio for stage, ratio in enumerate(ratios)}
+            for ratios in allocations(costs, self.stage_ratios)
+        ]
+
     def build(self, choices: Choices, shop: Workshop) -> tuple[nn.Module, ModelSpec]:
         self._check(shop)
         ratios = [float(choices[gene]) for gene in self.genes(shop) if gene != "order"]
@@ -177,7 +196,7 @@ class Prune(Space):
             return copy.deepcopy(model).eval().requires_grad_(True), spec
         if self.steps == 1 and self.target != "latency":
             return self._smaller(model, spec, ratios, shop, known=f"distilled {first}")
-        changing = self.model_dump(mode="json", exclude={"ratios", "stage_ratios", "order"})
+        changing = self.model_dump(mode="json", exclude={"ratios", "stage_ratios", "order", "use_sensitivity"})
         key = self._key(shop, {"space": changing, "choices": choices})
         folder = shop.folder / self.label / key
         if not (folder / "spec.json").is_file():
@@ -199,6 +218,12 @@ class Prune(Space):
             raise CompressionError(
                 f"Space '{self.label}' has target latency and no latency model, expected one. Give run_study "
                 "latency_model, or set target to macs."
+            )
+        if self.wants_sensitivity and self.parent not in shop.sensitivity:
+            raise CompressionError(
+                f"Space '{self.label}' has use_sensitivity and no sensitivity table of '{self.parent}', expected one "
+                f"(tables: {', '.join(sorted(shop.sensitivity)) or 'none'}). Turn the sensitivity stage on, prune the "
+                "best teacher, or set use_sensitivity to false."
             )
         if (self.steps > 1 or "distil_prune" in self.order) and shop.start_training is None:
             raise CompressionError(
@@ -313,7 +338,11 @@ class Prune(Space):
                     f"Parent '{self.parent}' has no layer wider than round_to {self.round_to}, expected at least one. "
                     "Lower round_to, or choose another parent."
                 )
-            shop.memory[kept_as] = _Whole({group.name: group.count for group in survey.groups}, stages)
+            layers = [
+                tuple(group.attention or group.name for group in survey.groups if stages.get(group.name) == stage)
+                for stage in range(1 + max(stages.values()))
+            ]
+            shop.memory[kept_as] = _Whole({group.name: group.count for group in survey.groups}, stages, layers)
         return shop.memory[kept_as]
 
 
@@ -325,6 +354,8 @@ class _Whole:
     """Of each group that can be cut, by name."""
     stages: Mapping[str, int]
     """The stage of each group that can shrink."""
+    layers: Sequence[tuple[str, ...]]
+    """Of each stage, the layers or attention blocks where its cuts start."""
 
 
 def prune_model(

@@ -19,6 +19,7 @@ from compression.types import Frozen
 
 if TYPE_CHECKING:
     from compression.distill.procedures.training import Training
+    from compression.quantize.sensitivity import Sensitivity
     from compression.search.bank import PastTrial
     from compression.train import TrainConfig
 
@@ -86,6 +87,8 @@ class Workshop:
     """Trials of earlier studies, of this task and others."""
     memory: dict[str, Any] = field(default_factory=dict)
     """For what is costly to make or read and fits into memory; empty when the process starts."""
+    sensitivity: Mapping[str, "Sensitivity"] = field(default_factory=dict)
+    """Sensitivity tables of parents, by name, as far as they were measured."""
 
     def parent(self, name: str) -> tuple[nn.Module, ModelSpec]:
         """The teacher of that name.
@@ -171,6 +174,16 @@ class Space(Frozen):
     def wants_latency_model(self) -> bool:
         """Whether ``build`` asks ``shop.latency``."""
         return False
+
+    @property
+    def wants_sensitivity(self) -> bool:
+        """Whether ``first_choices`` reads the parent's table in ``shop.sensitivity``."""
+        return False
+
+    def first_choices(self, shop: Workshop) -> list[Choices]:
+        """What a study proposes of this space before all else, best guess first; genes left out get their middle."""
+        del shop
+        return []
 
     @abstractmethod
     def genes(self, shop: Workshop) -> Genes:

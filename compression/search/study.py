@@ -45,6 +45,7 @@ from compression.train import TrainConfig
 from compression.types import Frozen
 
 if TYPE_CHECKING:
+    from compression.quantize.sensitivity import Sensitivity
     from compression.search.bank import PastTrial
 
 logger = logging.getLogger(__name__)
@@ -121,6 +122,12 @@ class Study(Frozen):
         return self.latency == "predicted" or any(space.wants_latency_model for space in self.spaces)
 
     @property
+    def wants_sensitivity(self) -> tuple[str, ...]:
+        """The teachers whose sensitivity table some space reads."""
+        wanted = (space.parent_name for space in self.spaces if space.wants_sensitivity)
+        return tuple(sorted({name for name in wanted if name is not None}))
+
+    @property
     def wants_past(self) -> bool:
         """Whether the trials of earlier studies are of use."""
         return self.priors is not None or getattr(self.filter, "wants_past", False)
@@ -162,6 +169,7 @@ def run_study(
     start_training: StartTraining | None = None,
     latency_model: LatencyModel | None = None,
     past: Sequence["PastTrial"] = (),
+    sensitivity: Mapping[str, "Sensitivity"] | None = None,
     on_trial: Callable[[TrialResult], None] | None = None,
 ) -> StudyResult:
     """Every trial, the front and the finalists; ``folder`` gets trials.csv and their checkpoints.
@@ -171,17 +179,30 @@ def run_study(
     calls this with equal arguments and a folder of its own, and gets the same result. Called again with the
     same arguments after a kill, the interrupted trial runs again with the same choices, finished ones do not.
     A candidate that fails is a row; an unusable store is raised, and the trial runs again next time.
+    ``sensitivity`` has tables of parents by name; those that ``config.wants_sensitivity`` names must be there.
 
     Raises:
-        CompressionError: a parent is missing, the file is in use or of another study, or no trial completed.
+        CompressionError: a parent or its table is missing, the file is in use or of another study, or no trial
+            completed.
     """
     spaces = labels_of(config.spaces)
     folder.mkdir(parents=True, exist_ok=True)
-    shop = Workshop(parents, dataset, seed, folder / "shop", start_training, latency_model, best_teacher, past)
+    shop = Workshop(
+        parents,
+        dataset,
+        seed,
+        folder / "shop",
+        start_training,
+        latency_model,
+        best_teacher,
+        past,
+        sensitivity={name: table for name, table in (sensitivity or {}).items() if name in config.wants_sensitivity},
+    )
     max_macs = _check(config, shop)
     genes = {label: space.genes(shop) for label, space in spaces.items()}
     prior = None if config.priors is None else config.priors.look(genes, spaces, shop)
-    fingerprint = _fingerprint(config, parents, dataset, seed, best_teacher)
+    fingerprint = _fingerprint(config, parents, dataset, seed, best_teacher, shop.sensitivity)
+    guesses = [(label, choices) for label, space in spaces.items() for choices in space.first_choices(shop)]
     with opened(
         storage,
         genes,
@@ -204,7 +225,7 @@ def run_study(
             max_latency_ms=_latency_limit(config, reference),
             measured=config.latency == "measured",
         )
-        for space, choices in [*(prior.best if prior is not None else ()), *first_trials(genes)]:
+        for space, choices in [*(prior.best if prior is not None else ()), *guesses, *first_trials(genes)]:
             ledger.enqueue(space, choices)
         rows = ledger.rows(folder)
         while _wants_more(config, ledger, rows, prior):
@@ -299,6 +320,7 @@ def _fingerprint(
     dataset: Dataset,
     seed: int,
     best_teacher: str | None,
+    sensitivity: Mapping[str, "Sensitivity"],
 ) -> str:
     """A hash over everything but how many trials and finalists are wanted."""
     used = {space.parent_name for space in config.spaces} | {best_teacher}
@@ -309,6 +331,8 @@ def _fingerprint(
         "seed": seed,
         "best_teacher": best_teacher,
     }
+    if sensitivity:
+        content["sensitivity"] = {name: table.model_dump(mode="json") for name, table in sensitivity.items()}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -6,13 +6,20 @@ from pathlib import Path
 from typing import Any
 
 from export.comparison import BY_NAME, COLUMNS, NOT_MEASURED, is_missing, marginal_gains, show
-from export.report import plots
+from export.report import (
+    figures_attention,
+    figures_calibration,
+    figures_diagnosis,
+    figures_parity,
+    figures_robustness,
+    figures_sensitivity,
+    plots,
+)
 from export.report.run_folder import RunFolder, open_run
 from export.report.tables import (
     CALIBRATION,
     LATENCY,
     LINEAGE,
-    PARITY,
     TRIALS,
     columns_of,
     lineage_rows,
@@ -90,7 +97,12 @@ def contents(run: RunFolder) -> dict[str, Any]:
         "full_table": table(run.comparison, used),
         "unmeasured": [c.title for c in COLUMNS if c not in used],
         "teacher_table": table(run.teachers, columns_of(run.teachers)),
-        "parity_table": table(run.parity, used_columns(PARITY, run.parity)),
+        **figures_parity.section(run.ladders),
+        **figures_diagnosis.section(run.diagnosis),
+        **figures_sensitivity.section(run.sensitivity),
+        **figures_calibration.section(run.calibration),
+        **figures_robustness.section(run.robustness or None),
+        **figures_attention.section(run.attention),
         "reference": run.latency.reference if run.latency else "the reference",
         "latency_table": table(timings, LATENCY),
         "noise_floors": [(floor.batch, show(floor.spread, "share")) for floor in floors],
@@ -129,6 +141,12 @@ def drawings(run: RunFolder) -> dict[str, str]:
             "marginal gain of each stage",
         ),
     }
+    for topic, content in (
+        (figures_diagnosis, run.diagnosis),
+        (figures_calibration, run.calibration),
+        (figures_attention, run.attention),
+    ):
+        figures |= topic.figures(content)
     for batch in batches:
         figure = plots.latency(run.samples, reference, batch, floors.get(batch))
         figures[f"latency_{batch}"] = (figure, f"latency ratios at batch {batch}")

@@ -44,6 +44,18 @@ class RunFolder:
     """``latency_raw.csv``."""
     reliability: dict[str, list[list[float]]] = field(default_factory=dict)
     """``reliability.json``: name -> [confidence, accuracy, count] per bin."""
+    ladders: list[dict[str, Any]] = field(default_factory=list)
+    """``ladder.json``: one parity ladder for each student, with its layers."""
+    diagnosis: dict[str, Any] = field(default_factory=dict)
+    """``diagnosis.json``: why each file is, or is not, faster."""
+    sensitivity: dict[str, Any] = field(default_factory=dict)
+    """``sensitivity.json``: what each layer of each model costs, and what accuracy control did."""
+    calibration: dict[str, Any] = field(default_factory=dict)
+    """``calibration.json``: confidence of every file, before and after its temperature."""
+    robustness: dict[str, Any] = field(default_factory=dict)
+    """``robustness.json``: accuracy on corrupted images."""
+    attention: dict[str, Any] = field(default_factory=dict)
+    """``attention.json``: maps of teacher and students, and how far they agree."""
     recipe: str = ""
     """``recipe.resolved.yaml``, as text."""
     problems: tuple[str, ...] = ()
@@ -95,6 +107,12 @@ def open_run(path: Path) -> RunFolder:
         latency=read("latency.json", lambda f: BenchmarkResult.model_validate_json(f.read_text()), None),
         samples=read("latency_raw.csv", read_raw, {}),
         reliability=read("reliability.json", _json, {}),
+        ladders=read("ladder.json", _json, []),
+        diagnosis=read("diagnosis.json", _json, {}),
+        sensitivity=read("sensitivity.json", _json, {}),
+        calibration=read("calibration.json", _json, {}),
+        robustness=read("robustness.json", _json, {}),
+        attention=read("attention.json", _json, {}),
         recipe=read("recipe.resolved.yaml", lambda f: f.read_text(), ""),
         problems=tuple(problems),  # arguments are evaluated in order, so this one comes last
     )

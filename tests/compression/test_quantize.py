@@ -2,10 +2,12 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from onnx import numpy_helper
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchao.quantization.pt2e import FakeQuantize, MovingAverageMinMaxObserver
@@ -35,6 +37,8 @@ from compression.quantize.rounding import SymmetricFakeQuantize
 from compression.train import TrainConfig
 from compression.types import Batch, Preprocessing
 from compression.zoo import DepthwiseCnn, Mixer, PlainCnn, ResidualCnn, VisionTransformer
+from export.onnx_graph import load_graph, to_onnx
+from export.qdq import check_symmetric
 
 SHAPE = (1, 12, 12)
 FAMILIES = {
@@ -322,6 +326,64 @@ def test_seven_bit_weights_stay_in_range():
     assert max(value.abs().max().item() for value in stored) == 63
 
 
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_weights_of_few_bits_are_stored_as_int8_on_their_own_levels(bits):
+    model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(800, 4))
+    prepared = prepare_qat(model, SHAPE, images(8), NumberFormat(weight_bits=bits))
+    graph = convert(prepared).body
+    layers = {torch.ops.aten.conv2d.default, torch.ops.aten.linear.default}
+    stored = [getattr(graph, node.args[1].args[0].target) for node in graph.graph.nodes if node.target in layers]
+    limit = 2 ** (bits - 1) - 1
+    assert [value.dtype for value in stored] == [torch.int8] * 2
+    assert [value.abs().max().item() for value in stored] == [limit] * 2
+    assert torch.equal(prepared(images(16)), convert(prepared)(images(16)))
+
+
+FORMATS = {
+    "percentile": NumberFormat(calibration="percentile"),
+    "learned": NumberFormat(learned_steps=True),
+    "learned-4-bit": NumberFormat(learned_steps=True, calibration="mse", weight_bits=4),
+}
+
+
+@pytest.mark.parametrize("family", ["residual", "depthwise", "transformer"])
+@pytest.mark.parametrize("name", ["percentile", "learned"])
+def test_every_format_converts_to_what_training_simulated(family, name):
+    model = lively(FAMILIES[family].build(4, SHAPE))
+    prepared = prepare_qat(model, SHAPE, images(32), FORMATS[name])
+    train_steps(prepared, 2)
+    prepared.eval()
+    with torch.no_grad():
+        simulated, converted = prepared(images(64, seed=5)), convert(prepared)(images(64, seed=5))
+    step = max(quantizer.scale.max().item() for quantizer in prepared.quantizers())
+    assert (simulated - converted).abs().max() <= 2 * step
+    assert (simulated - converted).abs().mean() <= 0.02 * step
+
+
+@pytest.mark.parametrize(
+    ("family", "name"), [("residual", "percentile"), ("depthwise", "learned-4-bit"), ("transformer", "learned")]
+)
+def test_every_format_exports_to_what_training_simulated(family, name, tmp_path: Path):
+    import onnxruntime
+
+    prepared = prepare_qat(lively(FAMILIES[family].build(4, SHAPE)), SHAPE, images(32), FORMATS[name])
+    train_steps(prepared, 2)
+    info = to_onnx(convert(prepared.eval()), tmp_path / "model.onnx", input_shape=SHAPE, metadata={})
+    assert not check_symmetric(info.path).violations
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(str(info.path), options, providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {"images": images(64, seed=5).numpy()})
+    with torch.no_grad():
+        simulated = prepared(images(64, seed=5))
+    step = max(quantizer.scale.max().item() for quantizer in prepared.quantizers())
+    assert (simulated - torch.from_numpy(found)).abs().mean() <= 0.02 * step
+    integers = [numpy_helper.to_array(each) for each in load_graph(info.path).graph.initializer]
+    integers = [each for each in integers if each.dtype == np.int8 and each.ndim > 1]
+    assert integers
+    assert all(len(np.unique(each)) <= 2 ** FORMATS[name].weight_bits - 1 for each in integers)
+
+
 def test_a_maximum_shares_the_scale_of_its_input():
     model = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 4, 6), nn.Flatten())
     prepared = prepare_qat(model, SHAPE, images(16))
@@ -347,6 +409,7 @@ def test_state_round_trip_is_bit_equal(trained, tmp_path: Path, request):
     family = request.node.callspec.params["trained"]
     save_prepared(trained, tmp_path / "q.safetensors")
     again = load_prepared(tmp_path / "q.safetensors", FAMILIES[family].build(4, SHAPE), SHAPE)
+    assert all(torch.equal(value, trained.state_dict()[name]) for name, value in again.state_dict().items())
     assert torch.equal(again(images(16)), trained(images(16)))
     assert torch.equal(convert(again)(images(16)), convert(trained)(images(16)))
 

@@ -5,6 +5,7 @@ from typing import get_args
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
+from export.profiles import Form, forms_of, runs_here
 from export.targets import AnyTarget, OnnxRuntimeTarget, TensorRtRtxTarget, TensorRtTarget
 
 TARGETS = get_args(AnyTarget)
@@ -67,3 +68,58 @@ def test_budgets_and_threads_are_positive():
     for wrong in ({"threads": 0}, {"max_latency_p95_ms": 0}, {"max_size_kib": -1}, {"batch_sizes": ()}):
         with pytest.raises(ValidationError):
             OnnxRuntimeTarget(**wrong)
+
+
+@pytest.mark.parametrize(
+    ("precision", "refused", "words"),
+    [
+        ("fp8", "SM86", "SM89 or newer"),
+        ("bfloat16", "SM75", "SM80"),
+        ("int4", "SM75", "SM80"),
+        ("int8", "SM75", "SM80"),
+    ],
+)
+def test_a_format_the_generation_lacks_is_refused_and_named(precision, refused, words):
+    with pytest.raises(ValidationError, match=rf"precision {precision} with compute capability {refused}.*{words}"):
+        TensorRtRtxTarget(precision=precision, compute_capabilities=("SM89", refused))
+    assert TensorRtRtxTarget(precision=precision, compute_capabilities=("SM89", "SM120"))
+
+
+def test_the_default_generations_do_not_fit_fp8():
+    with pytest.raises(ValidationError, match="Remove SM86"):
+        TensorRtRtxTarget(precision="fp8")
+
+
+@pytest.mark.parametrize("wrong", ["float16", "bfloat16", "fp8"])
+def test_cpus_offer_what_their_runtime_runs(wrong):
+    with pytest.raises(ValidationError):
+        OnnxRuntimeTarget(precision=wrong)
+
+
+def test_every_target_names_its_graphs(target):
+    forms = forms_of(target(), "x86")
+    assert forms
+    assert set(forms) <= set(get_args(Form))
+    assert forms[-1].startswith(target().precision)
+
+
+@pytest.mark.parametrize(
+    ("isa", "here", "form", "timed"),
+    [
+        ("native", "x86", "int8", True),
+        ("native", "arm", "int8-arm", True),
+        ("x86", "arm", "int8", False),
+        ("arm", "x86", "int8-arm", False),
+        ("arm", "arm", "int8-arm", True),
+    ],
+)
+def test_a_cpu_gets_its_integers_and_is_timed_where_it_is(isa, here, form, timed):
+    target = OnnxRuntimeTarget(isa=isa)
+    assert forms_of(target, here) == ("float32", form)
+    assert runs_here(target, here) is timed
+    assert forms_of(OnnxRuntimeTarget(isa=isa, precision="int4"), here) == ("float32", "int4")
+    assert forms_of(OnnxRuntimeTarget(isa=isa, precision="float32"), here) == ("float32",)
+
+
+def test_engines_are_never_timed_here():
+    assert not any(runs_here(target()) for target in TARGETS if target is not OnnxRuntimeTarget)

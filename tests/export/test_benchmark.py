@@ -16,8 +16,9 @@ from pydantic import ValidationError
 from compression.errors import ExportError
 from export.benchmark import BenchmarkJob, run_benchmark, summarize
 from export.evidence import latency_facts
+from export.feed import feed_of, fixed_batch, input_shapes
 from export.latency import AGAIN, BenchmarkResult, median_interval, read_raw, round_ratios
-from export.timing import RAW_COLUMNS, latency_p50_ms, probe
+from export.timing import RAW_COLUMNS, latency_p50_ms, open_session, probe
 
 
 def write_net(path: Path, *, layers: int = 1, width: int = 16, batch: int | str = "batch") -> Path:
@@ -253,3 +254,89 @@ def test_the_clock_loads_no_training_framework():
     env = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=True)
     assert out.stdout.split() == ["False", "False"]
+
+
+# ---------------------------------------------------------------- inputs of any file
+
+
+def write_inputs(path: Path, **inputs: tuple[int, list[int | str | None]]) -> Path:
+    """A graph that hands each of its inputs (element type, sizes) through."""
+    nodes = [helper.make_node("Identity", [name], [f"{name}_out"]) for name in inputs]
+    given = [helper.make_tensor_value_info(name, kind, sizes) for name, (kind, sizes) in inputs.items()]
+    made = [helper.make_tensor_value_info(f"{name}_out", kind, sizes) for name, (kind, sizes) in inputs.items()]
+    graph = helper.make_graph(nodes, "net", given, made)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), str(path))
+    return path
+
+
+def test_every_input_gets_numbers_of_its_type(tmp_path):
+    kinds = {
+        "image": TensorProto.FLOAT16,
+        "bytes": TensorProto.UINT8,
+        "ids": TensorProto.INT64,
+        "mask": TensorProto.BOOL,
+        "double": TensorProto.DOUBLE,
+    }
+    path = write_inputs(
+        tmp_path / "a.onnx", scale=(TensorProto.FLOAT, []), **{n: (k, ["n", 40]) for n, k in kinds.items()}
+    )
+    session = open_session(path, threads=1)
+    feed = feed_of(session, 3, seed=0)
+    assert feed["scale"].shape == ()
+    assert {name: (feed[name].shape, feed[name].dtype) for name in kinds} == {
+        name: ((3, 40), helper.tensor_dtype_to_np_dtype(kind)) for name, kind in kinds.items()
+    }
+    assert set(np.unique(feed["ids"])) == {0, 1}, "other token numbers may be none of the vocabulary"
+    assert feed["bytes"].max() > 200
+    assert len(session.run(None, feed)) == 6
+    again = feed_of(session, 3, seed=0)
+    assert all(np.array_equal(feed[name], again[name]) for name in feed)
+    text = open_session(write_inputs(tmp_path / "b.onnx", text=(TensorProto.STRING, ["n"])), threads=1)
+    with pytest.raises(ValueError, match="Input 'text' has type"):
+        feed_of(text, 1, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "fixed"),
+    [
+        ([("x", ["n", 3])], None),
+        ([("x", [None, 3])], None),
+        ([("x", [4, 3])], 4),
+        ([("scalar", []), ("x", [4, 3])], 4),
+        ([("anchors", [7]), ("x", ["n", 3])], None),
+        ([("scalar", [])], None),
+    ],
+)
+def test_the_batch_is_open_when_a_first_axis_is(inputs, fixed):
+    assert fixed_batch(inputs) == fixed
+
+
+def test_open_sizes_are_given_once_and_hold_for_their_name():
+    inputs = [("ids", ["n", "words"]), ("mask", ["n", "words"]), ("anchors", [7])]
+    found = input_shapes(inputs, 5, {"ids": (1, 12)})
+    assert found == {"ids": (5, 12), "mask": (5, 12), "anchors": (7,)}
+
+
+@pytest.mark.parametrize(
+    ("inputs", "batch", "shapes", "words"),
+    [
+        ([("x", ["n", 3, "h", "w"])], 1, {}, "Give them: --shape x=1x3x?x?"),
+        ([("x", ["n", 3, "h"])], 1, {"x": (1, 4, 9)}, "sizes nx3xh, expected 1x4x9"),
+        ([("x", ["n", 3])], 1, {"x": (1, 3, 9)}, "expected 1x3x9"),
+        ([("x", [2, 3])], 1, {}, "fixed batch size 2, expected 1"),
+    ],
+)
+def test_sizes_that_are_missing_or_do_not_fit_are_refused(inputs, batch, shapes, words):
+    with pytest.raises(ValueError) as error:
+        input_shapes(inputs, batch, shapes)
+    assert words in str(error.value)
+
+
+def test_progress_is_told_round_by_round_and_shapes_reach_every_process(tmp_path):
+    path = write_inputs(tmp_path / "a.onnx", x=(TensorProto.FLOAT, ["n", "size"]))
+    job = BenchmarkJob(models={"a": path}, reference="a", rounds=3, warmup=1, inner_ms=0.1, shapes={"x": (1, 6)})
+    told = []
+    result = run_benchmark(job, tmp_path / "out", on_progress=lambda done, total: told.append((done, total)))
+    assert told == [(done, 6) for done in range(1, 7)]
+    assert {row.batch for row in result.rows} == {1, 32}
+    assert all(row.peak_rss_bytes for row in result.rows)

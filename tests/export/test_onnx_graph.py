@@ -11,6 +11,8 @@ from torch import nn
 
 from compression.errors import ExportError
 from export.onnx_graph import check_graph, load_graph, metadata_of, save_graph, to_onnx
+from export.ptq import quantize_static
+from export.qdq import to_u8_activations
 from export.runtime import OnnxSession
 
 
@@ -57,6 +59,59 @@ def test_interface_has_the_agreed_names_and_a_dynamic_batch(exported):
 
 def test_metadata_comes_back(exported):
     assert metadata_of(exported.float32.path)["lineage"] == "abc"
+
+
+LAYERS = (
+    *("stem.0", "blocks.0.first.0", "blocks.0.second.0", "blocks.1.first.0", "blocks.1.second.0"),
+    *("blocks.1.shortcut.0", "head"),
+)
+
+
+def paths_of_layers(path: Path) -> list[str]:
+    nodes = load_graph(path).graph.node
+    return [node.name.rpartition("/")[0] for node in nodes if node.op_type in ("Conv", "Gemm")]
+
+
+def test_nodes_are_called_by_module_path_and_operator(exported, fast, tmp_path: Path):
+    half = to_onnx(
+        exported.model, tmp_path / "h.onnx", input_shape=exported.shape, metadata={}, precision="float16", fast=True
+    )
+    u8 = to_u8_activations(exported.symmetric.path, tmp_path / "u8.onnx")
+    for info in (exported.float32, exported.symmetric, u8, fast, half):
+        assert paths_of_layers(info.path) == list(LAYERS), info.path.name
+        names = [node.name for node in load_graph(info.path).graph.node]
+        assert len(set(names)) == len(names)
+        assert {"blocks.0/Add", "blocks.1/Relu", "stem.2/Relu"} <= set(names)
+
+
+def test_quantizers_go_by_what_they_round(exported):
+    names = {node.name for node in load_graph(exported.symmetric.path).graph.node}
+    assert {"stem.2/QuantizeLinear", "blocks.0/QuantizeLinear", "blocks.0.second.0/QuantizeLinear"} <= names
+    assert {f"{layer}/DequantizeLinear" for layer in LAYERS} <= names  # of their weights
+
+
+def test_a_file_quantized_after_training_keeps_the_layers(exported, tmp_path: Path):
+    images = exported.images(32).numpy()
+    info = quantize_static(exported.float32.path, tmp_path / "ptq.onnx", images, preset="onnxruntime_x86")
+    assert sorted(paths_of_layers(info.path)) == sorted(LAYERS)
+
+
+def test_names_do_not_depend_on_what_was_exported_before(tmp_path: Path):
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.inner(self.inner(x.flatten(1)).relu()).relu()
+
+    torch.manual_seed(0)
+    module = Twice().eval()
+    digests = {to_onnx(module, tmp_path / f"{i}.onnx", input_shape=(1, 2, 2), metadata={}).sha256 for i in range(2)}
+    assert len(digests) == 1
+    names = [node.name for node in load_graph(tmp_path / "0.onnx").graph.node]
+    assert [name for name in names if "inner" in name] == ["inner/Gemm", "inner/Gemm_1"]
+    assert [name for name in names if "Relu" in name] == ["/Relu", "/Relu_1"]
 
 
 def test_nothing_of_the_building_machine_is_inside(exported):

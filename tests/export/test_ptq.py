@@ -43,6 +43,37 @@ def test_tensorrt_preset_is_symmetric_and_keeps_the_metadata(exported, calibrati
     assert metadata_of(info.path) == metadata_of(exported.float32.path)
 
 
+@pytest.mark.parametrize(
+    ("preset", "method"), [("onnxruntime_x86", "percentile"), ("tensorrt", "percentile"), ("tensorrt", "entropy")]
+)
+def test_one_odd_pixel_does_not_set_the_range(exported, calibration, tmp_path: Path, capsys, preset, method):
+    odd = calibration.copy()
+    odd[0, 0, 0, 0] = 60
+    errors = {}
+    images = exported.images(256, 2)
+    expected = exported.model(images).detach().numpy()
+    for calibrated in ("min_max", method):
+        info = quantize_static(
+            exported.float32.path, tmp_path / "p.onnx", odd, preset=preset, calibration=calibrated, percentile=99.9
+        )
+        errors[calibrated] = np.abs(OnnxSession(info.path).run(images.numpy()) - expected).mean()
+    assert errors[method] < 0.8 * errors["min_max"]
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("percentile", [50, 0, 100.1])
+def test_a_percentile_out_of_bounds_is_refused(exported, calibration, tmp_path: Path, percentile):
+    with pytest.raises(ExportError, match="percentile"):
+        quantize_static(
+            exported.float32.path,
+            tmp_path / "p.onnx",
+            calibration,
+            preset="tensorrt",
+            calibration="percentile",
+            percentile=percentile,
+        )
+
+
 def test_no_calibration_images_is_refused(exported, tmp_path: Path):
     with pytest.raises(ExportError, match="0 images"):
         quantize_static(

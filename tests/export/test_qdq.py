@@ -9,7 +9,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from compression.errors import ExportError
 from export.onnx_graph import load_graph, metadata_of, save_graph
-from export.qdq import check_symmetric, summarise, to_u8_activations, weight_form
+from export.profiles import session_options
+from export.qdq import check_symmetric, summarise, to_s8_activations, to_u8_activations, weight_form
 from export.runtime import CpuFeatures, OnnxSession, cpu_features, integer_share
 
 
@@ -96,6 +97,40 @@ def test_metadata_says_how_integers_are_written(exported, rewritten):
     assert found["activations"] == "uint8"
     assert found["weights"] == rewritten.weights
     assert found["lineage"] == metadata_of(exported.symmetric.path)["lineage"]
+
+
+# --- the form for ARM ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def signed(exported, tmp_path_factory):
+    return to_s8_activations(exported.symmetric.path, tmp_path_factory.mktemp("s8") / "s8.onnx")
+
+
+def test_signed_form_gives_the_bits_of_the_unsigned_one(exported, signed, tmp_path: Path):
+    images = exported.images(64, 6).numpy()
+    unsigned = to_u8_activations(exported.symmetric.path, tmp_path / "u8.onnx", weights="int8")
+    assert np.array_equal(unoptimised(signed.path, images), unoptimised(unsigned.path, images))
+    assert (signed.non_negative, signed.signed) == (unsigned.non_negative, unsigned.signed)
+    assert metadata_of(signed.path)["activations"] == "int8"
+    assert set(summarise(signed.path).activation_dtypes) == {"int8"}
+
+
+def test_on_arm_every_layer_would_run_as_an_integer_kernel(exported, signed):
+    """With the fusions ONNX Runtime makes on ARM; the symmetric form of TensorRT would leave layers in float there."""
+    arm = session_options("int8-arm")
+    assert integer_share(signed.path, **arm).share == 1.0
+    assert integer_share(exported.symmetric.path, **arm).share < 0.8
+
+
+def test_signed_form_answers_as_torch(exported, signed):
+    images = exported.images(256, 4)
+    expected = exported.quantized(images).detach().numpy()
+    step = np.abs(expected).max() / 127
+    for options in ({}, session_options("int8-arm")):
+        found = OnnxSession(signed.path, **options).run(images.numpy())
+        assert np.abs(found - expected).mean() < 1.0 * step
+        assert (found.argmax(1) == expected.argmax(1)).mean() >= 0.98
 
 
 def test_fine_halves_the_step_of_non_negative_tensors(exported, tmp_path: Path):

@@ -56,7 +56,7 @@ def change(place: str, value: object) -> dict:
         ("select.panel_size", 9, "(whole recipe)", "there are 3 teachers"),
         ("quantize", None, "(whole recipe)", "has precision int8"),
         ("policy.max_accuracy_drop", 3, "policy.max_accuracy_drop", "less than or equal to 1"),
-        ("targets.0.precision", "int4", "targets.0.precision", "'int4'"),
+        ("targets.0.precision", "int2", "targets.0.precision", "'int2'"),
         ("name", "My Parts", "name", "match"),
     ],
 )
