@@ -319,17 +319,19 @@ def table(setting: Setting, rows: Sequence[Row], dataset: Dataset) -> str:
             "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
         ]
         for arm in (FLOAT32, *ARMS):
-            lines += line_of(arm, [row for row in own if row.arm == arm], right)
+            lines += line_of(arm, [row for row in own if row.arm == arm], right, seeds)
         chosen = [row for row in own if row.chosen]
-        lines += line_of(CHOSEN, chosen, right)
+        lines += line_of(CHOSEN, chosen, right, seeds)
         if chosen:
             lines.append("\nChosen: " + ", ".join(f"seed {row.seed}: {row.arm}" for row in chosen) + ".")
         parts.append("\n".join(lines))
     return "\n\n".join(parts) + "\n"
 
 
-def line_of(arm: str, rows: Sequence[Row], right: Mapping[tuple[str, int], np.ndarray]) -> list[str]:
-    """The line of one arm, or of the rows that were chosen; none without rows."""
+def line_of(
+    arm: str, rows: Sequence[Row], right: Mapping[tuple[str, int], np.ndarray], seeds: Sequence[int]
+) -> list[str]:
+    """The line of one arm, or of the rows that were chosen; none without rows. Names its seeds where some lack."""
     failed = [row for row in rows if row.failure]
     made = [row for row in rows if not row.failure]
     lines = [f"| {arm}, seed {row.seed} | failed: {row.failure} |" + " |" * 12 for row in failed]
@@ -342,8 +344,9 @@ def line_of(arm: str, rows: Sequence[Row], right: Mapping[tuple[str, int], np.nd
         base = np.stack([right[FLOAT32, row.seed] for row in made])
         points, low, high = interval(base, candidate)
         drop = f"{points:+.2f} ({low:+.2f} to {high:+.2f})"
+    have = [row.seed for row in made]
     cells = [
-        arm,
+        arm if have == list(seeds) else f"{arm} (seed {', '.join(map(str, have))})",
         f"{mean(row.accuracy for row in made):.2f}",
         drop,
         f"{mean(row.validation_drop for row in made):+.2f}",

@@ -1,5 +1,6 @@
 """The students and the quantizers of ``quantization.py``: each turns a float32 student into an INT8 file."""
 
+import copy
 import json
 import os
 import subprocess
@@ -17,11 +18,11 @@ import numpy as np
 from compression.augment import AnyAugment
 from compression.checkpoint import load_checkpoint
 from compression.data.dataset import Dataset
-from compression.distill import CrossEntropy, DistillConfig, Kd
+from compression.distill import CrossEntropy, DistillationStep, DistillConfig, Kd
 from compression.models import AnyModel
 from compression.quantize import AnyQuantizer, Ptq, Qat, convert, quantize
 from compression.quantize.control import AccuracyControl
-from compression.train import TrainConfig
+from compression.train import TrainConfig, fit
 from compression.zoo import DepthwiseCnn, ResidualCnn, TimmModel, VisionTransformer
 from export.onnx_graph import to_onnx
 from export.qdq import to_u8_activations
@@ -139,12 +140,24 @@ def _peer(tool: str, control: bool, case: Case, target: Path) -> Made:
     return Made(facts["cpu_seconds"], facts["versions"], facts.get("info", {}))
 
 
-def ours(config: AnyQuantizer, *, fine: bool = False) -> MakeFn:
-    """Our quantizer, shipped in the uint8 form for x86 CPUs; ``fine`` as for ``to_u8_activations``."""
-    return partial(_ours, config, fine)
+def trained_longer(case: Case, target: Path) -> Made:
+    """The float student after the epochs that quantization-aware training adds, in float: what they alone are worth."""
+    model, spec = load_checkpoint(case.folder)
+    before = time.process_time()
+    live = [copy.deepcopy(model).eval()]
+    step = DistillationStep(LEARNT.losses, LEARNT.teachers, [], live, epochs=QAT.train.epochs)
+    step.prepare(model, case.dataset)
+    fit(model, step, case.dataset, QAT.train, seed=case.seed, augment=case.augment)
+    to_onnx(model.eval(), target, input_shape=spec.input_shape, metadata={})
+    return Made(time.process_time() - before, _versions("torch", "onnx"))
 
 
-def _ours(config: AnyQuantizer, fine: bool, case: Case, target: Path) -> Made:
+def ours(config: AnyQuantizer) -> MakeFn:
+    """Our quantizer, shipped in the uint8 form for x86 CPUs."""
+    return partial(_ours, config)
+
+
+def _ours(config: AnyQuantizer, case: Case, target: Path) -> Made:
     model, spec = load_checkpoint(case.folder)
     # Arms that differ in accuracy control alone share their training; each is charged for it.
     training = target.parent / "training" / ("learned-steps" if config.learned_steps else "plain")
@@ -164,7 +177,7 @@ def _ours(config: AnyQuantizer, fine: bool, case: Case, target: Path) -> Made:
     with tempfile.TemporaryDirectory() as folder:
         symmetric = Path(folder) / "symmetric.onnx"
         to_onnx(convert(made.prepared), symmetric, input_shape=spec.input_shape, metadata={})
-        to_u8_activations(symmetric, target, fine=fine)
+        to_u8_activations(symmetric, target)
     seconds = time.process_time() - before
     if isinstance(config, Qat):
         noted = training / "cpu_seconds.txt"
@@ -202,16 +215,15 @@ OURS: dict[str, MakeFn] = {
     "PTQ, percentile": ours(PTQ.model_copy(update={"calibration": "percentile"})),
     "PTQ, entropy": ours(PTQ.model_copy(update={"calibration": "entropy"})),
     "PTQ, mse": ours(PTQ.model_copy(update={"calibration": "mse"})),
-    "PTQ, min_max, fine": ours(PTQ, fine=True),
-    "PTQ, entropy, fine": ours(PTQ.model_copy(update={"calibration": "entropy"}), fine=True),
     "PTQ, min_max, accuracy control": ours(PTQ.model_copy(update={"control": CONTROL})),
     "QAT": ours(QAT),
-    "QAT, fine": ours(QAT, fine=True),
     "QAT, learned steps": ours(QAT.model_copy(update={"learned_steps": True})),
     "QAT, accuracy control": ours(QAT.model_copy(update={"control": CONTROL})),
 }
 """Cheapest first: where two are as good on the validation split, the first is chosen."""
-ARMS = PEERS | OURS
+CONTROLS: dict[str, MakeFn] = {"float32, trained as long as QAT": trained_longer}
+"""Not quantized, and never chosen."""
+ARMS = PEERS | OURS | CONTROLS
 
 
 def cpu_seconds() -> float:

@@ -74,7 +74,7 @@ def to_u8_activations(
     target: Path,
     *,
     weights: WeightForm | None = None,
-    fine: bool = False,
+    fine: bool | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> CpuGraph:
     """Facts about the copy of ``source`` whose activations are uint8, for ONNX Runtime on x86 CPUs.
@@ -88,8 +88,9 @@ def to_u8_activations(
         source: A graph in symmetric form, see ``check_symmetric``.
         target: Where the copy goes.
         weights: See ``weight_form``; None asks it about this CPU.
-        fine: Also stretch non-negative tensors over all 256 steps, which halves their step. Closer to the float
-            model, but no longer what training simulated: choose by validation.
+        fine: Also stretch non-negative tensors over all 256 steps, which halves their step. None: only those behind
+            a Clip with an upper bound (ReLU6), which the runtime absorbs only if no step lies above it; left in the
+            graph it keeps the layers around it in float.
         metadata: Stored in the file; None keeps the source's. How integers are written is added.
 
     Raises:
@@ -100,7 +101,7 @@ def to_u8_activations(
 
 
 def to_s8_activations(
-    source: Path, target: Path, *, fine: bool = False, metadata: Mapping[str, str] | None = None
+    source: Path, target: Path, *, fine: bool | None = None, metadata: Mapping[str, str] | None = None
 ) -> CpuGraph:
     """Facts about the copy of ``source`` with int8 activations that run as integers, for ONNX Runtime on ARM CPUs.
 
@@ -117,7 +118,7 @@ def _for_cpu(
     zeros: tuple[np.integer, np.integer],
     weights: WeightForm,
     *,
-    fine: bool,
+    fine: bool | None,
     metadata: Mapping[str, str] | None,
 ) -> CpuGraph:
     """The rewrite for both instruction sets; ``zeros`` are the zero points of non-negative and of other tensors."""
@@ -136,7 +137,7 @@ def _for_cpu(
         counts[positive] += 1
         zero_point = editor.constant(np.asarray(zeros[0] if positive else zeros[1]), "zero_point")
         scale = quantizer.input[1]
-        if fine and positive:
+        if positive and (fine or (fine is None and _is_capped(editor, quantizer.input[0]))):
             step = editor.required(scale)
             scale = editor.constant(np.asarray(step * np.float32(127.5 / 255), step.dtype), "scale")
         readers = [node for node in proto.graph.node if node.input and node.input[0] == quantizer.output[0]]
@@ -294,6 +295,12 @@ def _store_integer_biases(editor: GraphEditor) -> None:
         gemm.input[2] = output
         editor.graph.node.insert(position, node)
     editor.index()
+
+
+def _is_capped(editor: GraphEditor, name: str) -> bool:
+    """Whether a Clip with an upper bound makes this tensor."""
+    maker = editor.makers.get(name)
+    return maker is not None and maker.op_type == "Clip" and len(maker.input) > 2 and bool(maker.input[2])
 
 
 def _shield_float_layers(editor: GraphEditor) -> None:

@@ -27,8 +27,9 @@ class AccuracyControl(Frozen):
 
     max_drop: Annotated[float, Field(ge=0.0, le=1.0)] = 0.005
     """Of the accuracy on the validation split, as a share: 0.005 is half a point."""
-    max_layers: Annotated[int, Field(ge=0)] | None = None
-    """Most layers that go back to float; null for as many as it takes."""
+    max_layers: Annotated[int, Field(ge=0)] | None = 8
+    """Most layers that are tried, the most sensitive ones, and so may go back to float; null for all of them. Each
+    costs an evaluation and a capture of the graph."""
 
     card: ClassVar[MethodCard] = MethodCard(
         name="Accuracy control",
@@ -119,7 +120,7 @@ def revert_layers(
         CompressionError: ``order`` names a layer that isn't there, or ``prepared`` is in train mode.
     """
     layerwise = Layerwise(prepared)
-    layers = _rounded_layers(layerwise, order)
+    layers = _rounded_layers(layerwise, order)[: control.max_layers]
     validation, preprocessing = dataset.validation, dataset.preprocessing
     reference = predict(model, validation, preprocessing)
 
@@ -134,8 +135,6 @@ def revert_layers(
         return carried_over(prepared, fresh)
 
     most = sum(map(layerwise.is_rounded, layerwise.layers)) - 1
-    if control.max_layers is not None:
-        most = min(most, control.max_layers)
     total = 2 * len(layers)
     best, loss = prepared, loss_of(prepared)
     reverted: list[str] = []

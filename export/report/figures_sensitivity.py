@@ -11,13 +11,14 @@ null where only accuracy control is known; ``keep_float`` and ``control`` are fa
 import math
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from export.comparison import Column, show
-from export.report.plots import INK, MUTED, SERIES, SIZE, _canvas, svg
+from export.report.plots import PAPER, SCREEN, SIZE, Palette, _canvas, svg
 from export.report.tables import Cells, table
 
 SMALLEST = 1e-8
@@ -46,12 +47,27 @@ def section(content: Mapping[str, Any] | None) -> dict[str, Any]:
     return {"sensitivity_models": [_model(name, facts) for name, facts in (content or {}).items()]}
 
 
-def heat_map(rows: Sequence[Mapping[str, Any]], keep_float: Sequence[str] = ()) -> Figure | None:
+def save_heat_maps(folder: Path, content: Mapping[str, Any]) -> None:
+    """Write ``sensitivity-<model>.png`` on white for every model of ``sensitivity.json`` that has a table."""
+    import matplotlib as mpl
+
+    for name, facts in content.items():
+        rows = (facts.get("table") or {}).get("rows", [])
+        figure = heat_map(rows, facts.get("keep_float") or [], palette=PAPER)
+        if figure is not None:
+            with mpl.rc_context(PAPER.style()):
+                figure.savefig(folder / f"sensitivity-{name}.png", dpi=150, facecolor="white")
+
+
+def heat_map(
+    rows: Sequence[Mapping[str, Any]], keep_float: Sequence[str] = (), *, palette: Palette = SCREEN
+) -> Figure | None:
     """Layers down, in the order they run, formats across: the colour is log10 of the KL that the cell shows.
 
     Args:
         rows: Of a table, with ``layer``, ``format`` and ``kl``.
         keep_float: Patterns of layers that stay in float; they are marked.
+        palette: The page's colours, or those of a picture on white.
     """
     values = {(row["layer"], row["format"]): float(row["kl"]) for row in rows}
     if not values:
@@ -60,11 +76,11 @@ def heat_map(rows: Sequence[Mapping[str, Any]], keep_float: Sequence[str] = ()) 
     layers = drawn_layers(rows)
     logs = {cell: math.log10(max(value, SMALLEST)) for cell, value in values.items() if cell[0] in layers}
     low, high = min(logs.values()), max(logs.values())
-    with _canvas((SIZE[0], 0.75 + 0.28 * len(layers))) as (figure, axes):
+    with _canvas((SIZE[0], 0.75 + 0.28 * len(layers)), palette=palette) as (figure, axes):
         for place, layer in enumerate(layers):
             for column, format in enumerate(formats):
                 if (value := values.get((layer, format))) is None:
-                    axes.text(column, place, "–", ha="center", va="center", color=MUTED, fontsize=10.5)
+                    axes.text(column, place, "–", ha="center", va="center", color=palette.muted, fontsize=10.5)
                     continue
                 share = (logs[layer, format] - low) / (high - low) if high > low else 0.0
                 axes.add_patch(
@@ -72,18 +88,16 @@ def heat_map(rows: Sequence[Mapping[str, Any]], keep_float: Sequence[str] = ()) 
                         (column - 0.48, place - 0.46),
                         0.96,
                         0.92,
-                        facecolor=SERIES[0],
+                        facecolor=palette.series[0],
                         alpha=PALEST + share * (DARKEST - PALEST),
                         linewidth=0,
                     )
                 )
-                axes.text(column, place, short_number(value), ha="center", va="center", color=INK, fontsize=10.5)
+                number = short_number(value)
+                axes.text(column, place, number, ha="center", va="center", color=palette.ink, fontsize=10.5)
             if _is_kept(layer, keep_float):
-                axes.add_patch(
-                    Rectangle(
-                        (-0.49, place - 0.47), len(formats) - 0.02, 0.94, fill=False, edgecolor=SERIES[1], linewidth=1.4
-                    )
-                )
+                frame = {"fill": False, "edgecolor": palette.series[1], "linewidth": 1.4}
+                axes.add_patch(Rectangle((-0.49, place - 0.47), len(formats) - 0.02, 0.94, **frame))
         axes.set(xlim=(-0.5, len(formats) - 0.5), ylim=(len(layers) - 0.5, -0.5))
         axes.set_xticks(range(len(formats)), [_head(each) for each in formats], fontsize=10)
         axes.set_yticks(range(len(layers)), [_label(layer, keep_float) for layer in layers], fontsize=10)

@@ -49,7 +49,7 @@ KEY_NUMBERS = (
 
 
 def build_report(run_folder: Path) -> Path:
-    """Writes ``report.html``, ``report.md`` and ``pareto.png`` into the run folder; returns the HTML's path.
+    """Writes ``report.html``, ``report.md``, ``pareto.png`` and heat maps; returns the HTML's path.
 
     The page is one file without outside parts. A section whose file is missing says "not run", a value that
     is missing says "not measured".
@@ -63,6 +63,7 @@ def build_report(run_folder: Path) -> Path:
     html_path.write_text(_render("template.html.jinja", facts | {"plots": drawings(run)}, escape=True))
     (run.path / "report.md").write_text(_render("template.md.jinja", facts, escape=False))
     plots.save_pareto(run.path / "pareto.png", run.trials, _landmarks(run))
+    figures_sensitivity.save_heat_maps(run.path, run.sensitivity)
     logger.info("report: wrote '%s'", html_path)
     return html_path
 

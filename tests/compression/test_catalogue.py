@@ -26,6 +26,8 @@ KINDS = [
     "augmenters",
     "sparsifiers",
     "quantizers",
+    "sensitivity",
+    "evidence",
 ]
 
 

@@ -5,10 +5,13 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+import torch
 from onnx import TensorProto, helper, numpy_helper
+from torch import nn
 
 from compression.errors import ExportError
-from export.onnx_graph import load_graph, metadata_of, save_graph
+from compression.quantize import NumberFormat, convert, prepare_qat
+from export.onnx_graph import load_graph, metadata_of, save_graph, to_onnx
 from export.profiles import session_options
 from export.qdq import check_symmetric, summarise, to_s8_activations, to_u8_activations, weight_form
 from export.runtime import CpuFeatures, OnnxSession, cpu_features, integer_share
@@ -142,6 +145,49 @@ def test_fine_halves_the_step_of_non_negative_tensors(exported, tmp_path: Path):
         to_u8_activations(exported.symmetric.path, path, fine=fine)
         errors[fine] = np.abs(unoptimised(path, images.numpy()) - expected).mean()
     assert errors[True] < errors[False]
+
+
+def capped_network() -> nn.Module:
+    """Depthwise-like layers with ReLU6, whose outputs reach the cap."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(1, 8, 3, padding=1),
+        nn.ReLU6(),
+        nn.Conv2d(8, 8, 3, padding=1, groups=8),
+        nn.ReLU6(),
+        nn.Conv2d(8, 8, 1),
+        nn.ReLU6(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(8, 4),
+    )
+    for layer in (model[0], model[2], model[4]):
+        layer.weight.data *= 8
+    return model.eval()
+
+
+def test_a_cap_on_the_activations_leaves_no_layer_in_float(exported, tmp_path: Path):
+    images = exported.images(64)
+    quantized = convert(prepare_qat(capped_network(), exported.shape, images))
+    symmetric = to_onnx(quantized, tmp_path / "symmetric.onnx", input_shape=exported.shape, metadata={})
+    plain = to_u8_activations(symmetric.path, tmp_path / "plain.onnx", fine=False)
+    default = to_u8_activations(symmetric.path, tmp_path / "default.onnx")
+    assert integer_share(plain.path).share < 1
+    assert integer_share(default.path).share == 1
+    logits = [OnnxSession(path).run(images.numpy()) for path in (symmetric.path, default.path)]
+    assert np.abs(logits[0] - logits[1]).max() < 0.05 * np.abs(logits[0]).max()
+
+
+@pytest.mark.parametrize("rewrite", [to_u8_activations, to_s8_activations], ids=["x86", "arm"])
+def test_a_layer_that_was_kept_in_float_stays_in_float(exported, tmp_path: Path, rewrite):
+    """The runtime would otherwise round its weights itself, with one scale for the whole tensor."""
+    kept = NumberFormat(keep_float=("blocks.0.first.0",))
+    quantized = convert(prepare_qat(exported.model, exported.shape, exported.images(64), kept))
+    symmetric = to_onnx(quantized, tmp_path / "symmetric.onnx", input_shape=exported.shape, metadata={})
+    written = rewrite(symmetric.path, tmp_path / "cpu.onnx")
+    options = session_options("int8-arm") if rewrite is to_s8_activations else {}
+    share = integer_share(written.path, config=options.get("config"))
+    assert (share.integer, share.total) == (6, 7)
 
 
 def test_weight_form_follows_the_cpu():

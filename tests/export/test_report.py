@@ -7,17 +7,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from compression.calibration import calibrated_rows
 from compression.errors import ArtifactError
 from compression.statistics import Interval
 from export.benchmark import BenchmarkJob, summarize
 from export.comparison import write_comparison
 from export.evidence import Evidence
 from export.gate import Policy
+from export.ladder import Ladder
 from export.latency import AGAIN
+from export.parity import ENGINE_NOT_RUN, Rung, compare
 from export.report import plots
 from export.report.page import build_report, shipped_row
 from export.report.run_folder import open_run
+from export.runtime import cpu_features
 from export.shipping import choose_shipped
 from export.verdict import combine
 
@@ -230,8 +235,55 @@ def make_run(root: Path) -> Path:
     (run / "lineage.json").write_text(json.dumps(lineage))
     env = {"run_id": run.name, "seed": 0, "git": "3f9c2a1", "cpu": "AMD EPYC", "packages": {"torch": "2.14.1"}}
     (run / "env.json").write_text(json.dumps(env))
+    for name, content in evidence().items():
+        (run / name).write_text(json.dumps(content))
     (run / "recipe.resolved.yaml").write_text("name: edge-classifier\nseed: 0\n# <script>alert(1)</script>\n")
     return run
+
+
+def evidence() -> dict[str, object]:
+    """The smallest files behind the sections that say what was lost, and why."""
+    labels = torch.arange(40) % 4
+    logits = {name: 3 * torch.eye(4)[labels] + 0.1 * i for i, name in enumerate(("teacher-resnet", "student-int8"))}
+    parity = compare(logits["teacher-resnet"], logits["student-int8"], labels)
+    rungs = [
+        Rung(name="student: torch float32", against=None, parity=parity),
+        Rung(name="student: ONNX INT8 u8", against="student: torch float32", parity=parity, exceeded=("flips 9 %",)),
+        Rung(name="engine int8 SM89", against=None, parity=None, status=ENGINE_NOT_RUN, note="no GPU here"),
+    ]
+    rows = calibrated_rows(logits, labels, {"student-int8": (1.5, False)})
+    layers = [{"layer": "stem.0", "format": f, "kl": 0.1, "flips": 0.0, "accuracy_drop": 0.0} for f in ("int8", "w4")]
+    seen = {
+        "clean_accuracy": 0.9,
+        "corrupted_accuracy": 0.5,
+        "robust_gap": 0.4,
+        "num_images": 40,
+        "conditions": [{"corruption": "noise", "severity": severity, "accuracy": 0.6} for severity in (1, 2)],
+    }
+    agreed = {"pearson": 0.9, "spearman": 0.9, "iou": 0.7, "images": 8, "skipped": 0}
+    return {
+        "ladder.json": [Ladder(student="student", sentence="It all fits.", rungs=tuple(rungs)).model_dump(mode="json")],
+        "diagnosis.json": {"reference": "teacher-resnet", "cpu": cpu_features().model_dump(), "files": {}},
+        "sensitivity.json": {
+            "student": {
+                "table": {"rows": layers, "num_samples": 40, "accuracy": 0.9},
+                "keep_float": [],
+                "control": None,
+            }
+        },
+        "calibration.json": {
+            "teacher": "teacher-resnet",
+            "class_names": list("abcd"),
+            "files": {name: row.model_dump(mode="json") for name, row in rows.items()},
+        },
+        "robustness.json": {"reference": "teacher-resnet", "files": {"teacher-resnet": seen, "student-int8": seen}},
+        "attention.json": {
+            "teacher": "resnet",
+            "rows": [{"model": "student", "method": "grad_cam", "against": "teacher", **agreed}],
+            "failures": {},
+            "pictures": [],
+        },
+    }
 
 
 def _write(path: Path, header, rows) -> None:
@@ -290,14 +342,17 @@ def test_the_page_is_well_formed_and_loads_nothing_from_outside(html):
     assert "script" not in tags.tags
     assert "url(" not in re.sub(r"url\(#\w+\)", "", html)
     assert len(tags.ids) == len(set(tags.ids)), "ids of inlined plots must not clash"
-    assert tags.tags.count("svg") == 8
+    assert tags.tags.count("svg") == 11
 
 
 def test_every_section_is_there_and_filled(html):
-    for section in "pipeline gate comparison search training gains latency parity calibration teachers".split():
+    sections = "pipeline gate comparison search training gains latency diagnosis parity sensitivity calibration"
+    for section in f"{sections} robustness attention teachers".split():
         assert f'<section id="{section}">' in html
     assert "was not run" not in html
     assert "was not measured.</p>" not in html
+    assert "It all fits." in html
+    assert "flips 9 %" in html
 
 
 def test_the_banner_and_the_key_numbers_say_what_was_decided(html):
@@ -380,8 +435,10 @@ def test_an_empty_run_folder_reads_not_run_everywhere(tmp_path):
 
 
 FILES = sorted(
-    "env.json lineage.json verdict.json comparison.csv teachers.csv selection.json trials.csv histories.json "
-    "parity.csv latency.json latency_raw.csv reliability.json".split()
+    (
+        "env.json lineage.json verdict.json comparison.csv teachers.csv selection.json trials.csv histories.json "
+        "parity.csv latency.json latency_raw.csv reliability.json " + " ".join(evidence())
+    ).split()
 )
 
 

@@ -1,6 +1,7 @@
 """The whole chain on tiny recipes, with a real Prefect server, a real MLflow store and real runtimes."""
 
 import csv
+import html
 import json
 import os
 import signal
@@ -20,8 +21,11 @@ ROOT = Path(__file__).resolve().parents[2]
 RUN_FILES = (
     "recipe.resolved.yaml env.json lineage.json trials.csv pareto.png comparison.csv parity.csv latency_raw.csv "
     "latency.json verdict.json report.html report.md teachers.csv selection.json histories.json reliability.json "
-    "summary.json"
+    "summary.json ladder.json layer_diff.csv diagnosis.json sensitivity.json sensitivity-student-0.csv "
+    "sensitivity-student-0.png calibration.json robustness.json attention.json"
 ).split()
+EVIDENCE = "ladder.json layer_diff.csv diagnosis.json sensitivity.json sensitivity-student-0.png report.html".split()
+"""What people look for in MLflow: where accuracy was lost, why a file is not faster, which layers are fragile."""
 
 
 def tiny_recipe() -> dict[str, Any]:
@@ -135,6 +139,27 @@ def test_every_rung_of_the_ladder_is_there_and_close(first: subprocess.Completed
     assert engine["flips"] == ""
 
 
+def test_the_report_shows_the_evidence(first: subprocess.CompletedProcess[str], place: Path) -> None:
+    folder = newest(place)
+    page = (folder / "report.html").read_text()
+    for section in "diagnosis parity sensitivity calibration robustness attention".split():
+        assert f'<section id="{section}">' in page
+    assert "was not run" not in page
+    assert ": not run" not in page
+    (ladder,) = json.loads((folder / "ladder.json").read_text())
+    assert ladder["sentence"] in html.unescape(page)
+    measured = [rung for rung in ladder["rungs"] if rung["against"]]
+    assert {rung["outcome"] for rung in measured} <= {"ok", "exceeded"}
+    assert all(rung["attribution"]["layers"] for rung in measured)
+    table = json.loads((folder / "sensitivity.json").read_text())["student-0"]["table"]
+    assert {row["layer"] for row in table["rows"]} >= {"head"}
+    diagnosis = json.loads((folder / "diagnosis.json").read_text())["files"]
+    assert diagnosis["student-0.int8"]["diagnosis"]["faster"] in ("yes", "no", "cannot tell")
+    rows = {row["id"]: row for row in rows_of(folder / "comparison.csv")}
+    assert 0 <= float(rows["student-0.int8"]["accuracy_corrupted"]) <= 1
+    assert 0 <= float(rows["student-0.int8"]["ece_scaled"]) <= 1
+
+
 def test_the_shipped_file_runs_on_its_own_and_describes_itself(
     first: subprocess.CompletedProcess[str], place: Path
 ) -> None:
@@ -146,6 +171,8 @@ def test_the_shipped_file_runs_on_its_own_and_describes_itself(
     assert json.loads(facts["class_names"]) == [str(digit) for digit in range(10)]
     assert set(json.loads(facts["preprocessing"])) == {"scale", "mean", "std"}
     assert json.loads(facts["lineage"])["model"]
+    assert float(facts["temperature"]) > 0
+    assert facts["temperature_applied"] == "false"
     (logits,) = session.run(None, {"images": np.zeros((3, 1, 8, 8), np.float32)})
     assert logits.shape == (3, 10)
 
@@ -173,6 +200,7 @@ def test_mlflow_has_a_parent_a_child_per_stage_and_a_candidate_model(
     assert len(trials) >= 2
     version = client.get_model_version_by_alias("digits", "candidate")
     assert version.tags["file"].startswith("student-0.")
+    assert set(EVIDENCE) <= {file.path for file in client.list_artifacts(parent.info.run_id)}
     assert client.get_run(children[0].info.run_id).info.status == "FINISHED"
 
 
