@@ -22,7 +22,8 @@ from export.intermediates import (
     points_of,
     share_at_limits,
 )
-from export.onnx_graph import MAX_BYTES, load_graph
+from export.onnx_graph import MAX_BYTES, load_graph, metadata_of
+from export.profiles import session_options
 from export.temperature import divides_by
 
 if TYPE_CHECKING:
@@ -116,8 +117,15 @@ class OnnxForm:
 
     @cached_property
     def shipped(self) -> Any:
-        """A session of the file itself, optimised as the runtime likes."""
-        return _session(str(self.path), _options(self.threads), self.name)
+        """A session of the file itself, optimised as the runtime likes, or as its form needs."""
+        import onnxruntime
+
+        options, wanted = _options(self.threads), session_options(metadata_of(self.path).get("form", ""))
+        for key, value in wanted.get("config", {}).items():
+            options.add_session_config_entry(key, value)
+        if not wanted.get("optimise", True):
+            options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        return _session(str(self.path), options, self.name)
 
     def run(self, inputs: Inputs) -> Values:
         """All points of one small batch, each operator computed as the standard defines it."""
