@@ -53,8 +53,6 @@ class CpuGraph(GraphInfo):
     """Activation quantizers that start at the low end of their integers now."""
     signed: int
     """Activation quantizers with 0 in the middle."""
-    pools: int
-    """Means over the whole image now written as GlobalAveragePool."""
     weights: WeightForm
     """How weights are written."""
 
@@ -81,8 +79,8 @@ def to_u8_activations(
 
     Non-negative tensors get zero point 0, others 128; scales stay, so a signed tensor keeps its values bit
     for bit and a non-negative one loses only its clipping above the range. Weights that pass a Transpose
-    are stored transposed, and means over the whole image become GlobalAveragePool, which has an integer
-    kernel.
+    are stored transposed. Means over the whole image stay as they are: ONNX Runtime's integer kernel for them took a
+    quarter of a MobileNetV2's time, seven times what the float one takes.
 
     Args:
         source: A graph in symmetric form, see ``check_symmetric``.
@@ -125,7 +123,6 @@ def _for_cpu(
     check_symmetric(source)
     proto = load_graph(source)
     editor = GraphEditor(proto)
-    pools = _mean_to_pool(editor)
     _store_transposed(editor)
     _store_integer_biases(editor)
     _shield_float_layers(editor)
@@ -152,7 +149,7 @@ def _for_cpu(
     written = {"activations": zeros[0].dtype.name, "weights": weights}
     save_graph(proto, target, metadata={**entries, **written})
     info = check_graph(target)
-    return CpuGraph(**vars(info), non_negative=counts[True], signed=counts[False], pools=pools, weights=weights)
+    return CpuGraph(**vars(info), non_negative=counts[True], signed=counts[False], weights=weights)
 
 
 def summarise(path: Path) -> QdqSummary:
@@ -322,29 +319,3 @@ def _shield_float_layers(editor: GraphEditor) -> None:
         node.input[0] = shielded
         editor.graph.node.insert(position, clip)
     editor.index()
-
-
-def _mean_to_pool(editor: GraphEditor) -> int:
-    """Write means over height and width as GlobalAveragePool; returns how many."""
-    import onnx
-
-    changed = 0
-    for position, node in reversed(list(enumerate(editor.graph.node))):
-        if node.op_type != "ReduceMean" or len(node.input) < 2:
-            continue
-        axes = editor.value(node.input[1])
-        if axes is None or sorted(int(axis) % 4 for axis in axes.reshape(-1)) != [2, 3]:
-            continue
-        keep = next((attribute.i for attribute in node.attribute if attribute.name == "keepdims"), 1)
-        output = node.output[0]
-        pooled = output if keep else f"{output}_pooled"
-        pool = onnx.helper.make_node("GlobalAveragePool", [node.input[0]], [pooled], name=f"{node.name}_pool")
-        new = [pool]
-        if not keep:
-            new.append(onnx.helper.make_node("Flatten", [pooled], [output], name=f"{node.name}_flat", axis=1))
-        editor.graph.node.remove(node)
-        for offset, added in enumerate(new):
-            editor.graph.node.insert(position + offset, added)
-        changed += 1
-    editor.index()
-    return changed
