@@ -92,7 +92,8 @@ class Robust(Frozen):
         needs="Stored outputs: teachers that run live see what the student sees. Images whose class a turn of a few "
         "degrees does not change.",
         cost="A resampling per chain of the changed views; teacher outputs of the clean views serve.",
-        evidence="Not measured on our data yet.",
+        evidence="Digits, 2 seeds, accuracy on corrupted images: +7.5 and +7.1 points for a teacher, +3.5 and +2.2 for "
+        "a student of a plain teacher; a second, robust teacher added nothing consistent.",
     )
 
     def build(self) -> AugmentFn:

@@ -40,7 +40,8 @@ class Calibrate(Frozen):
         "the classes stays, so every answer stays; only the confidence moves.",
         needs="Labels of the calibration split, which nothing was trained on.",
         cost="One forward pass over the calibration split; nothing at inference, the last layer takes it in.",
-        evidence="Not measured on our data yet.",
+        evidence="Digits, one run: the ECE of a transformer teacher fell from 0.044 to 0.028; that of students, below "
+        "0.01 already, did not change.",
     )
 
 

@@ -30,7 +30,8 @@ class Ptq(NumberFormat):
         "one per tensor from calibration images. Same placement and same files as QAT, so that the two compare.",
         needs="A trained student and calibration images; no labels, no teachers.",
         cost="One forward pass of the calibration images; percentile, entropy and mse count a histogram besides.",
-        evidence="Not measured on our data yet.",
+        evidence="Fashion-MNIST, four students, 2 seeds: no loss outside the interval but for entropy on a MobileNetV2 "
+        "(0.5 points); mse lost least there (0.07). See docs/benchmarks.md.",
     )
 
     @model_validator(mode="after")

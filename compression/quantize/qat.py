@@ -45,8 +45,8 @@ class Qat(NumberFormat):
         needs="A trained student, calibration images, and labels or stored logits.",
         cost="1.1 to 1.4 times a plain training step on a CPU (measured), 1.5 to 1.7 times with learned steps, and a "
         "forward of the float student.",
-        evidence="Measured on our data: rounding in torch and in the exported graph agree to a step. "
-        "The papers report accuracy within one point of float for such networks.",
+        evidence="Fashion-MNIST, four students, 2 seeds: 0.1 to 0.2 points above the float student, which two more "
+        "epochs in float give as well; INT8 itself costs nothing there. Learned steps gain at 2 to 3 bits, not at 8.",
     )
 
     @model_validator(mode="after")

@@ -47,7 +47,7 @@ class RobustnessConfig(Frozen):
         "mean accuracy, the gap to the clean one, and how much wider the gap is than the reference's.",
         needs="Test images of 8 x 8 pixels or more.",
         cost="One pass over the images per corruption and severity, for every file.",
-        evidence="Not measured on our data yet.",
+        evidence="Measured in every run. On digits compression cost no more on corrupted images than on clean ones.",
     )
 
     @field_validator("corruptions", "severities")
