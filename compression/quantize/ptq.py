@@ -31,7 +31,7 @@ class Ptq(NumberFormat):
         needs="A trained student and calibration images; no labels, no teachers.",
         cost="One forward pass of the calibration images; percentile, entropy and mse count a histogram besides.",
         evidence="Fashion-MNIST, four students, 2 seeds: no loss outside the interval but for entropy on a MobileNetV2 "
-        "(0.5 points); mse lost least there (0.07). See docs/benchmarks.md.",
+        "(0.5 points); mse lost least there (0.1). See docs/benchmarks.md.",
     )
 
     @model_validator(mode="after")
