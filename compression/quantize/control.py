@@ -39,7 +39,7 @@ class AccuracyControl(Frozen):
         needs="A quantized model, its float form, and labelled validation images; a sensitivity table for the order.",
         cost="Two evaluations on the validation split; another one and a capture of the graph for each layer tried.",
         evidence="Fashion-MNIST: put one to three layers back on three of four students; no accuracy changed beyond "
-        "its interval, and on a MobileNetV2 eight layers did not suffice for a bound of 0.1 points. See docs/benchmarks.md.",
+        "its interval, and on a MobileNetV2 eight did not suffice for a bound of 0.1 points. See docs/benchmarks.md.",
     )
 
 
