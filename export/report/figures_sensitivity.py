@@ -175,7 +175,7 @@ def _control(record: Mapping[str, Any]) -> dict[str, Any]:
     went = [row["layer"] for row in record["rows"] if row["to"] == "float" and row["kept"]]
     back = [row["layer"] for row in record["rows"] if row["to"] == "int8" and row["kept"]]
     reverted = [layer for layer in went if layer not in back]
-    least = f"at most {record['max_layers']} layers in float" if record.get("max_layers") is not None else ""
+    least = f"at most {record['max_layers']} layers tried" if record.get("max_layers") is not None else ""
     allowed = f"{bound} points allowed" + (f", {least}" if least else "")
     names = ", ".join(reverted)
     if not record["rows"] and record["met"]:

@@ -86,7 +86,7 @@ def record(**changes: Any) -> dict[str, Any]:
         Attempt(layer="head", to="int8", drop_before=0.002, drop_after=0.003, kept=True),
     )
     facts = {"prepared": None, "keep_float": ("stem.0",), "drop": 0.003, "met": True, "rows": rows} | changes
-    return Reverted(**facts).record(AccuracyControl(max_drop=0.005))
+    return Reverted(**facts).record(AccuracyControl(max_drop=0.005, max_layers=None))
 
 
 def rendered(content: dict[str, Any] | None, kind: str) -> str:
