@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from compression.card import MethodCard
 from compression.errors import CompressionError, ShapeError
-from compression.features import _children, captured, frozen
+from compression.features import captured, children_of, frozen
 from compression.types import Frozen
 
 TOP = 0.2
@@ -93,7 +93,7 @@ def attention_layer(model: nn.Module, images: Tensor) -> str:
     Raises:
         ShapeError: the network has no such module.
     """
-    names = _children(model)
+    names = children_of(model)
     images = _leaf(model, images[:2])
     with frozen(model), torch.inference_mode(False), torch.enable_grad(), captured(model, names) as seen:
         logits = model(images)

@@ -61,7 +61,7 @@ def stage_names(model: nn.Module, images: Tensor) -> tuple[str, ...]:
     Raises:
         ShapeError: the network has no module with such an output.
     """
-    names = _children(model)
+    names = children_of(model)
     with frozen(model), torch.no_grad(), captured(model, names) as seen:
         model(images)
     ordered = [name for name in names if isinstance(seen.get(name), Tensor) and _has_positions(seen[name])]
@@ -113,7 +113,7 @@ def image_of(feature_map: Tensor) -> Tensor:
     return feature_map.transpose(1, 2).reshape(batch, width, side, side)
 
 
-def _children(model: nn.Module) -> list[str]:
+def children_of(model: nn.Module) -> list[str]:
     names: list[str] = []
     for name, child in model.named_children():
         if isinstance(child, nn.Sequential | nn.ModuleList) and len(child):

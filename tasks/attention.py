@@ -47,7 +47,7 @@ class Look:
     code=(
         *MODEL_CODE,
         *("compression.attention", "compression.features", "compression.augment"),
-        *("export.runtime", "export.temperature"),
+        *("export.runtime", "export.temperature", "export.profiles"),
     ),
     libraries=("torch", "onnxruntime-gpu"),
 )

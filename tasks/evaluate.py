@@ -1,6 +1,6 @@
 """Stage 9: the evidence. Accuracy and calibration of every file on the test split, the parity ladder, and latency.
 
-This is the only stage that reads the test split.
+Only this stage and ``robustness`` read the test split.
 """
 
 import csv
@@ -18,9 +18,9 @@ from compression.data import Dataset, open_dataset
 from compression.metrics import metrics_of, predict, reliability
 from compression.quantize import load_quantized
 from export.benchmark import BenchmarkJob, run_benchmark
-from export.formats import NOT_RUN_HERE
+from export.formats import NOT_RUN_HERE, bfloat16_predict
 from export.ladder import LAYER_COLUMNS, Forms, Ladder, climb, layer_rows
-from export.parity import ENGINE_NOT_RUN, Rung
+from export.parity import ENGINE_NOT_RUN, Rung, compare
 from export.profiles import open_as_meant, session_options
 from export.runtime import integer_share, predict_fn
 from export.temperature import divides_by, temperature_of
@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
     code=(
         *(*MODEL_CODE, "compression.metrics", "compression.quantize", "export.parity", "export.ladder"),
         *("export.attribution", "export.intermediates", "export.onnx_form", "export.temperature", "export.runtime"),
-        "compression.calibration",
+        *("compression.calibration", "export.profiles", "export.formats"),
     ),
     libraries=("torch", "onnxruntime-gpu"),
 )
@@ -150,11 +150,23 @@ def _ladder(
     for file in unrun:
         if file.startswith(f"{student}."):
             form = file.removeprefix(f"{student}.")
+            if form == "bfloat16":
+                built.append(_torch_bfloat16(student, model, dataset))
             note = NOT_RUN_HERE[form]
             built.append(
                 Rung(name=f"{student}: ONNX {form}", against=None, parity=None, status=ENGINE_NOT_RUN, note=note)
             )
     return climb(student, forms, not_run=built)
+
+
+def _torch_bfloat16(student: str, model: nn.Module, dataset: Dataset) -> Rung:
+    """What bfloat16 changes, as far as torch can say it on a CPU."""
+    reference, rounded = file_logits(model, dataset), file_logits(bfloat16_predict(model), dataset)
+    return Rung(
+        name=f"{student}: torch bfloat16",
+        against=f"{student}: torch float32",
+        parity=compare(reference, rounded, dataset.test.labels),
+    )
 
 
 def _write_layers(path: Path, ladders: Sequence[Ladder]) -> None:

@@ -15,7 +15,7 @@ from tasks.stage import StageOutput, StageResult, Work, stage
     "robustness",
     code=(
         *("compression.robustness", "compression.augment", "compression.metrics", "compression.statistics"),
-        "export.runtime",
+        *("export.runtime", "export.profiles"),
     ),
     libraries=("torch", "numpy", "onnxruntime-gpu"),
 )

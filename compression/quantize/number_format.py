@@ -26,7 +26,7 @@ class NumberFormat(Frozen):
     learned_steps: bool = False
     """Train the step of every quantizer by gradient descent (LSQ, Esser et al. 2020, arXiv:1902.08153)."""
     keep_float: tuple[str, ...] = ()
-    """Names of layers that stay in float, as ``sensitivity.csv`` of a run lists them; ``*`` is any text."""
+    """Names of layers that stay in float, as ``sensitivity-<model>.csv`` of a run lists them; ``*`` is any text."""
 
 
 INT8 = NumberFormat()

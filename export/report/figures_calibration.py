@@ -10,7 +10,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from export.comparison import Column, is_missing, show
-from export.report.plots import INK, MUTED, SERIES, SIZE, _canvas
+from export.report.plots import INK, MUTED, SERIES, SIZE, canvas
 from export.report.tables import table
 
 COLUMNS = (
@@ -67,7 +67,7 @@ def ece_change(calibration: Mapping[str, Any]) -> Figure | None:
     names = list(drawn)[::-1]
     before = [drawn[name]["before"]["ece"] for name in names]
     after = {place: drawn[name]["after"]["ece"] for place, name in enumerate(names) if drawn[name].get("after")}
-    with _canvas((SIZE[0], 1.35 + 0.3 * len(names))) as (figure, axes):
+    with canvas((SIZE[0], 1.35 + 0.3 * len(names))) as (figure, axes):
         for place, value in after.items():
             axes.plot([before[place], value], [place, place], color=MUTED, linewidth=1.4, zorder=1)
         places = range(len(names))

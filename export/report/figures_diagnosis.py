@@ -12,7 +12,7 @@ from matplotlib.patches import Patch
 from export.comparison import NONE, Column
 from export.diagnosis import DiagnosisReport, FileDiagnosis
 from export.operator_profile import OperatorProfile
-from export.report.plots import INK, MUTED, SERIES, SIZE, _canvas
+from export.report.plots import INK, MUTED, SERIES, SIZE, canvas
 from export.report.tables import table
 
 KINDS = {"integer": SERIES[2], "float": SERIES[1], "conversion": MUTED}
@@ -60,7 +60,7 @@ def operator_time(profiles: Mapping[str, OperatorProfile]) -> Figure | None:
     drawn = {name: profile for name, profile in profiles.items() if profile.nodes}
     if not drawn:
         return None
-    with _canvas((SIZE[0], 1.0 + 0.52 * len(drawn))) as (figure, axes):
+    with canvas((SIZE[0], 1.0 + 0.52 * len(drawn))) as (figure, axes):
         for place, (name, profile) in enumerate(reversed(drawn.items())):
             left = 0.0
             for kind, colour in KINDS.items():

@@ -7,7 +7,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
 from export.comparison import NONE, NOT_RUN, show
-from export.report.plots import INK, MARKS, MUTED, SERIES, SIZE, _canvas, svg
+from export.report.plots import INK, MARKS, MUTED, SERIES, SIZE, canvas, svg
+from export.report.tables import PARITY, table, used_columns
 
 SMALLEST = 1e-8
 """Where errors of 0 are drawn."""
@@ -16,9 +17,17 @@ LONGEST_NAME = 18
 BADGES = {"ok": ("pass", "✓"), "exceeded": ("fail", "✕"), "not run": ("skipped", "–")}
 
 
-def section(ladders: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What the parity partials show; ``ladders`` is the content of ``ladder.json``, empty if there is none."""
-    return {"parity_ladders": [_ladder(ladder) for ladder in ladders]}
+def section(ladders: Sequence[Mapping[str, Any]], rungs: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any]:
+    """What the parity partials show.
+
+    Args:
+        ladders: Of ``ladder.json``, empty if there is none.
+        rungs: Of ``parity.csv``, shown for runs without ladders.
+    """
+    return {
+        "parity_ladders": [_ladder(ladder) for ladder in ladders],
+        "parity_table": table(rungs, used_columns(PARITY, rungs)),
+    }
 
 
 def error_by_layer(ladder: Mapping[str, Any]) -> Figure | None:
@@ -32,7 +41,7 @@ def error_by_layer(ladder: Mapping[str, Any]) -> Figure | None:
     longest = max(hops, key=lambda rung: len(rung["attribution"]["layers"]))
     layers = [row["layer"] for row in longest["attribution"]["layers"]]
     places = {layer: place for place, layer in enumerate(layers)}
-    with _canvas((SIZE[0], 4.9)) as (figure, axes):
+    with canvas((SIZE[0], 4.9)) as (figure, axes):
         for number, rung in enumerate(hops):
             found = rung["attribution"]
             rows = [row for row in found["layers"] if row["layer"] in places]

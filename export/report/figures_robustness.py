@@ -14,7 +14,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from export.comparison import Column
-from export.report.plots import MARKS, SERIES, SIZE, _canvas, svg
+from export.report.plots import MARKS, SERIES, SIZE, canvas, svg
 from export.report.tables import table
 
 COLUMNS = (
@@ -80,7 +80,7 @@ def accuracy_over_severity(files: Mapping[str, Mapping[str, Any]]) -> Figure | N
     if not corruptions:
         return None
     rows = math.ceil((len(corruptions) + 1) / 2)  # one place is the legend's
-    with _canvas((SIZE[0], 0.35 + 1.75 * rows)) as (figure, first):
+    with canvas((SIZE[0], 0.35 + 1.75 * rows)) as (figure, first):
         first.remove()
         panels = figure.subplots(rows, 2, sharex=True, sharey=True, squeeze=False).flatten().tolist()
         for panel, corruption in zip(panels, corruptions, strict=False):

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from export.comparison import Column, show
-from export.report.plots import PAPER, SCREEN, SIZE, Palette, _canvas, svg
+from export.report.plots import PAPER, SCREEN, SIZE, Palette, canvas, svg
 from export.report.tables import Cells, table
 
 SMALLEST = 1e-8
@@ -76,7 +76,7 @@ def heat_map(
     layers = drawn_layers(rows)
     logs = {cell: math.log10(max(value, SMALLEST)) for cell, value in values.items() if cell[0] in layers}
     low, high = min(logs.values()), max(logs.values())
-    with _canvas((SIZE[0], 0.75 + 0.28 * len(layers)), palette=palette) as (figure, axes):
+    with canvas((SIZE[0], 0.75 + 0.28 * len(layers)), palette=palette) as (figure, axes):
         for place, layer in enumerate(layers):
             for column, format in enumerate(formats):
                 if (value := values.get((layer, format))) is None:

@@ -98,7 +98,7 @@ def contents(run: RunFolder) -> dict[str, Any]:
         "full_table": table(run.comparison, used),
         "unmeasured": [c.title for c in COLUMNS if c not in used],
         "teacher_table": table(run.teachers, columns_of(run.teachers)),
-        **figures_parity.section(run.ladders),
+        **figures_parity.section(run.ladders, run.parity),
         **figures_diagnosis.section(run.diagnosis),
         **figures_sensitivity.section(run.sensitivity),
         **figures_calibration.section(run.calibration),

@@ -129,7 +129,7 @@ def pareto(
     named = [row for row in marks if _has(row, "latency_p50_ms", "accuracy")]
     if len(done) + len(named) < 2:
         return None
-    with _canvas(palette=palette) as (figure, axes):
+    with canvas(palette=palette) as (figure, axes):
         front = sorted((row for row in done if row.get("on_front")), key=lambda row: row["latency_p50_ms"])
         rest = [row for row in done if not row.get("on_front")]
         if rest:
@@ -165,7 +165,7 @@ def curves(histories: Mapping[str, Sequence[Mapping[str, Any]]], key: str, label
     drawn = {name: rows for name, rows in histories.items() if any(_has(row, key) for row in rows)}
     if not drawn:
         return None
-    with _canvas() as (figure, axes):
+    with canvas() as (figure, axes):
         scale = 100 if "accuracy" in key else 1
         for i, (name, rows) in enumerate(drawn.items()):
             kept = [row for row in rows if _has(row, key)]
@@ -190,7 +190,7 @@ def teacher_hacking(histories: Mapping[str, Sequence[Mapping[str, Any]]]) -> Fig
     paths = {name: rows for name, rows in paths.items() if len(rows) > 1}
     if not paths:
         return None
-    with _canvas() as (figure, axes):
+    with canvas() as (figure, axes):
         for i, (name, rows) in enumerate(paths.items()):
             x, y = ([row[key] for row in rows] for key in keys)
             style, colour, mark = "--" if i >= len(SERIES) else "-", SERIES[i % 7], MARKS[i % 7]
@@ -215,7 +215,7 @@ def latency(samples: "Samples", reference: str, batch: int, floor: float | None)
         return None
     ratios = {name: round_ratios(samples[name, batch], base) for name in names}
     names.sort(key=lambda name: -float(np.median(ratios[name])))
-    with _canvas((SIZE[0], 1.25 + 0.34 * len(names))) as (figure, axes):
+    with canvas((SIZE[0], 1.25 + 0.34 * len(names))) as (figure, axes):
         if floor is not None:
             axes.axvspan(1 - floor, 1 + floor, color=SERIES[1], alpha=0.3, linewidth=0)
         axes.axvline(1, color=SERIES[1], linewidth=1.2)
@@ -255,7 +255,7 @@ def reliability(bins: Mapping[str, Sequence[Sequence[float]]]) -> Figure | None:
     drawn = {name: rows for name, rows in drawn.items() if rows}
     if not drawn:
         return None
-    with _canvas((SIZE[0], 3.8)) as (figure, axes):
+    with canvas((SIZE[0], 3.8)) as (figure, axes):
         axes.plot([0, 1], [0, 1], color=MUTED, linewidth=1, linestyle=(0, (4, 3)), label="perfect")
         for i, (name, rows) in enumerate(drawn.items()):
             confidence, accuracy, count = (np.array(column, dtype=float) for column in zip(*rows, strict=True))
@@ -273,7 +273,7 @@ def bars(values: Mapping[str, float], label: str, *, digits: int = 2) -> Figure 
         return None
     names = list(values)[::-1]
     numbers = [values[name] for name in names]
-    with _canvas((SIZE[0], 1.0 + 0.36 * len(names))) as (figure, axes):
+    with canvas((SIZE[0], 1.0 + 0.36 * len(names))) as (figure, axes):
         axes.barh(names, numbers, color=[SERIES[2] if n >= 0 else SERIES[4] for n in numbers], alpha=0.8, height=0.6)
         span = max(max(numbers), 0) - min(min(numbers), 0) or 1
         for i, number in enumerate(numbers):
@@ -296,7 +296,7 @@ def bars(values: Mapping[str, float], label: str, *, digits: int = 2) -> Figure 
 
 
 @contextmanager
-def _canvas(size: tuple[float, float] = SIZE, *, palette: Palette = SCREEN) -> Iterator[tuple[Figure, Axes]]:
+def canvas(size: tuple[float, float] = SIZE, *, palette: Palette = SCREEN) -> Iterator[tuple[Figure, Axes]]:
     import matplotlib as mpl
 
     with mpl.rc_context(palette.style()):

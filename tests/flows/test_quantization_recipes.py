@@ -68,6 +68,8 @@ def test_every_number_format_goes_from_recipe_to_verdict(tmp_path: Path) -> None
     assert session.get_modelmeta().custom_metadata_map["temperature_applied"] == "true"
     (ladder,) = json.loads((folder / "ladder.json").read_text())
     assert {rung["name"] for rung in ladder["rungs"] if rung["outcome"] == "not run"} >= {"student-0: ONNX bfloat16"}
+    rungs = {rung["name"]: rung for rung in ladder["rungs"]}
+    assert rungs["student-0: torch bfloat16"]["parity"]["flips"] < 0.2
     layers = json.loads((folder / "sensitivity.json").read_text())["student-0"]
     assert len(layers["keep_float"]) <= 1
     assert layers["control"] is not None
