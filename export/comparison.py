@@ -26,11 +26,13 @@ class Column:
     name: str
     title: str
     meaning: str
-    kind: Literal["text", "share", "points", "number", "count", "bytes", "ms", "seconds", "ratio"] = "text"
+    kind: Literal["text", "share", "points", "number", "count", "bytes", "ms", "seconds", "joules", "ratio"] = "text"
     main: bool = False
     """Whether the short table shows it."""
     missing: str = NOT_MEASURED
     """What an empty cell reads."""
+    per_batch: bool = False
+    """Whether the rows of one file differ in it, one value for each batch size."""
 
 
 COLUMNS: tuple[Column, ...] = (
@@ -61,6 +63,7 @@ COLUMNS: tuple[Column, ...] = (
     Column("nonzero_share", "non-zero", "share of weights that are not zero", "share"),
     Column("tensorrt_sparse_layers", "2:4 layers", "weights TensorRT may read with sparse kernels", "count"),
     Column("compressed_bytes", "weights packed", "bytes of the weights if 2:4 ones were packed; arithmetic", "bytes"),
+    Column("target", "target", "the recipe's targets it was measured on or built for", missing=NONE),
     Column("precision", "precision", "number format of the file", main=True),
     Column("size_bytes", "size", "size of the file that ships", "bytes", main=True),
     Column("peak_rss_bytes", "peak memory", "peak resident memory of a fresh process", "bytes"),
@@ -68,21 +71,35 @@ COLUMNS: tuple[Column, ...] = (
     Column("provider", "provider", "the runtime's back end"),
     Column("isa", "ISA", "instruction sets of the processor"),
     Column("threads", "threads", "threads of the session", "count"),
-    Column("batch", "batch", "images per call", "count", main=True),
+    Column("batch", "batch", "images per call", "count", main=True, per_batch=True),
     Column("load_ms", "load", "time to open the file", "ms"),
     Column("first_inference_ms", "first call", "time of the first inference", "ms"),
-    Column("latency_p50_ms", "p50", "median time of one call", "ms", main=True),
-    Column("latency_p90_ms", "p90", "90th percentile", "ms"),
-    Column("latency_p95_ms", "p95", "95th percentile", "ms", main=True),
-    Column("latency_p99_ms", "p99", "99th percentile", "ms"),
-    Column("latency_std_ms", "std", "standard deviation of the calls", "ms"),
-    Column("throughput_per_s", "images/s", "images per second at the median", "number"),
-    Column("ratio_to_reference", "time ratio", "median of per-round ratios to the reference", "ratio", main=True),
-    Column("energy_j", "energy", "joules per inference", "number"),
+    Column("latency_p50_ms", "p50", "median time of one call", "ms", main=True, per_batch=True),
+    Column("latency_p90_ms", "p90", "90th percentile", "ms", per_batch=True),
+    Column("latency_p95_ms", "p95", "95th percentile", "ms", main=True, per_batch=True),
+    Column("latency_p99_ms", "p99", "99th percentile", "ms", per_batch=True),
+    Column("latency_std_ms", "std", "standard deviation of the calls", "ms", per_batch=True),
+    Column("throughput_per_s", "images/s", "images per second at the median", "number", per_batch=True),
+    Column(
+        "ratio_to_reference",
+        "time ratio",
+        "median of per-round ratios to the reference",
+        "ratio",
+        main=True,
+        per_batch=True,
+    ),
+    Column("energy_j", "energy", "joules per inference", "number", per_batch=True),
     Column("parity_max_abs", "max diff", "largest logit difference to the torch model", "number"),
     Column("parity_kl", "parity KL", "KL divergence to the torch model, nats", "number"),
     Column("seconds", "cost", "seconds the stages took that made it", "seconds"),
-    Column("pareto", "Pareto", "nothing measured is both faster and more accurate", main=True, missing=NOT_RUN),
+    Column(
+        "pareto",
+        "Pareto",
+        "nothing measured is both faster and more accurate",
+        main=True,
+        missing=NOT_RUN,
+        per_batch=True,
+    ),
     Column("verdict", "verdict", "what the gate decided", main=True, missing=NOT_RUN),
     Column("status", "status", "measured, cached, failed with reason, or built but not run", missing=NOT_RUN),
 )
@@ -117,26 +134,29 @@ def show(value: object, kind: str = "text", missing: str = NOT_MEASURED) -> str:
         return f"{value:.3f}×"
     if kind == "ms":
         return f"{value:,.{3 if abs(value) < 10 else 1}f} ms"
+    if kind == "joules":
+        return f"{value:,.{0 if abs(value) >= 10 else 1}f} J"
     if kind == "seconds":
         return f"{value:,.{0 if abs(value) >= 10 else 1}f} s"
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
-def write_comparison(rows: Iterable[Row], path: Path) -> None:
-    """Writes ``comparison.csv``: every column of ``COLUMNS`` in order, missing cells in the column's words.
+def write_comparison(rows: Iterable[Row], path: Path, columns: Sequence[Column] = COLUMNS) -> None:
+    """Writes ``comparison.csv``: the columns in order, missing cells in the column's words.
 
     Raises:
         ValueError: a row has a key that is not a column.
     """
+    known = {column.name for column in columns} | set(BY_NAME)
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(BY_NAME)
+        writer.writerow(column.name for column in columns)
         for row in rows:
-            unknown = sorted(set(row) - set(BY_NAME))
+            unknown = sorted(set(row) - known)
             if unknown:
                 raise ValueError(f"Row '{row.get('id')}' has unknown columns {unknown}, expected only known ones.")
             writer.writerow(
-                column.missing if is_missing(row.get(column.name)) else row[column.name] for column in COLUMNS
+                column.missing if is_missing(row.get(column.name)) else row[column.name] for column in columns
             )
 
 
@@ -167,13 +187,20 @@ COMPACT = (*NARROW, "delta_teacher", "macs", "size_bytes")
 """Columns that fit a terminal of 115 characters."""
 
 
-def console_table(rows: Sequence[Row], *, title: str = "", width: int = 200) -> "Table":
-    """The short table for a terminal of ``width`` characters: the shipped row in bold, fewer columns when narrow."""
+def console_columns(width: int) -> tuple[Column, ...]:
+    """The columns that fit a terminal of ``width`` characters."""
+    names = NARROW if width < 115 else COMPACT if width < 170 else [column.name for column in COLUMNS if column.main]
+    return tuple(column for column in COLUMNS if column.name in names)
+
+
+def console_table(
+    rows: Sequence[Row], *, title: str = "", width: int = 200, columns: Sequence[Column] | None = None
+) -> "Table":
+    """A table for a terminal of ``width`` characters: the shipped row in bold, fewer columns when narrow."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    names = NARROW if width < 115 else COMPACT if width < 170 else [column.name for column in COLUMNS if column.main]
-    columns = [column for column in COLUMNS if column.name in names]
+    columns = console_columns(width) if columns is None else columns
     table = Table(
         title=title or None,
         header_style="bold",

@@ -9,12 +9,15 @@ from export.comparison import BY_NAME, COLUMNS, NOT_MEASURED, is_missing, margin
 from export.report import (
     figures_attention,
     figures_calibration,
+    figures_cost,
     figures_diagnosis,
     figures_parity,
     figures_robustness,
     figures_sensitivity,
     plots,
 )
+from export.report.explorer import champion_marks, explorer
+from export.report.render import render
 from export.report.run_folder import RunFolder, open_run
 from export.report.tables import (
     CALIBRATION,
@@ -60,8 +63,8 @@ def build_report(run_folder: Path) -> Path:
     run = open_run(run_folder)
     facts = contents(run)
     html_path = run.path / "report.html"
-    html_path.write_text(_render("template.html.jinja", facts | {"plots": drawings(run)}, escape=True))
-    (run.path / "report.md").write_text(_render("template.md.jinja", facts, escape=False))
+    html_path.write_text(render("template.html.jinja", facts | {"plots": drawings(run)}, escape=True))
+    (run.path / "report.md").write_text(render("template.md.jinja", facts, escape=False))
     plots.save_pareto(run.path / "pareto.png", run.trials, _landmarks(run))
     figures_sensitivity.save_heat_maps(run.path, run.sensitivity)
     logger.info("report: wrote '%s'", html_path)
@@ -95,9 +98,10 @@ def contents(run: RunFolder) -> dict[str, Any]:
         "total_seconds": show(sum(e.get("seconds") or 0.0 for e in run.lineage) or None, "seconds"),
         "lineage_table": table(lineage_rows(run.lineage), LINEAGE),
         "short_table": table(run.comparison, short),
-        "full_table": table(run.comparison, used),
+        "explorer": explorer(run.comparison, used, marks=champion_marks(run.champion)),
         "unmeasured": [c.title for c in COLUMNS if c not in used],
         "teacher_table": table(run.teachers, columns_of(run.teachers)),
+        **figures_cost.section(run.lineage, run.comparison),
         **figures_parity.section(run.ladders, run.parity),
         **figures_diagnosis.section(run.diagnosis),
         **figures_sensitivity.section(run.sensitivity),
@@ -108,7 +112,6 @@ def contents(run: RunFolder) -> dict[str, Any]:
         "latency_table": table(timings, LATENCY),
         "noise_floors": [(floor.batch, show(floor.spread, "share")) for floor in floors],
         "latency_failures": run.latency.failures if run.latency else {},
-        "gains": marginal_gains(run.comparison),
         "front_table": table(front, used_columns(TRIALS, front)),
         "trials_in_words": trials_in_words(run.trials),
         "calibration_table": table(calibrated, CALIBRATION),
@@ -233,19 +236,6 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
     return pairs
 
 
-def _render(template: str, facts: Mapping[str, Any], *, escape: bool) -> str:
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=escape,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template(template).render(facts)
-
-
 def _key_number(
     name: str, title: str, meaning: str, teacher: Mapping[str, Any] | None, shipped: Mapping[str, Any] | None
 ) -> dict[str, Any]:
@@ -277,14 +267,15 @@ def _key_number(
 
 
 def _landmarks(run: RunFolder) -> list[Mapping[str, Any]]:
-    # The teachers and what shipped, at the batch size the search measured; candidates are drawn as points.
+    # The teachers, what shipped and the champion, at the batch size the search measured; candidates are points.
     batch = _search_batch(run)
     wanted = [row for row in run.comparison if row.get("role") == "teacher" or row.get("verdict") == "ships"]
     at_batch = [row for row in wanted if row.get("batch") == batch]
     chosen: dict[Any, Mapping[str, Any]] = {}
     for row in at_batch or wanted:
         chosen.setdefault(row.get("id"), row)
-    return list(chosen.values())
+    champion = [mark for mark in champion_marks(run.champion) if mark.batch == batch]
+    return [*chosen.values(), *({"id": mark.label, **vars(mark), "champion": True} for mark in champion)]
 
 
 def _batch(row: Mapping[str, Any]) -> float:

@@ -119,11 +119,12 @@ def save_pareto(path: Path, trials: Sequence[Mapping[str, Any]], marks: Sequence
 def pareto(
     trials: Sequence[Mapping[str, Any]], marks: Sequence[Mapping[str, Any]] = (), *, palette: Palette = SCREEN
 ) -> Figure | None:
-    """Accuracy over latency: searched candidates, their front, and the named models of ``marks``.
+    """Accuracy over latency: searched candidates, their front and its knee, and the named models of ``marks``.
 
     Args:
-        trials: Rows with ``latency_p50_ms``, ``accuracy`` and ``on_front``.
-        marks: Rows with ``id``, ``latency_p50_ms`` and ``accuracy`` to name in the plot.
+        trials: Rows with ``latency_p50_ms``, ``accuracy``, ``on_front`` and ``knee``.
+        marks: Rows with ``id``, ``latency_p50_ms`` and ``accuracy`` to name in the plot; one with ``champion`` is a
+            star.
     """
     done = [row for row in trials if _has(row, "latency_p50_ms", "accuracy")]
     named = [row for row in marks if _has(row, "latency_p50_ms", "accuracy")]
@@ -143,14 +144,20 @@ def pareto(
                 linewidth=1.6,
                 label="Pareto front",
             )
-        for i, row in enumerate(named[: len(palette.series) - 1], start=1):
+        knee = [row for row in done if row.get("knee") is True]
+        if knee:
+            axes.scatter(*_xy(knee), s=150, facecolors="none", edgecolors=palette.ink, linewidths=1.3, label="knee")
+        champions = [row for row in named if row.get("champion")]
+        others = [row for row in named if not row.get("champion")]
+        for i, row in enumerate([*champions, *others][: len(palette.series) - 1], start=1):
             x, y = row["latency_p50_ms"], row["accuracy"] * 100
+            star = bool(row.get("champion"))
             axes.plot(
                 [x],
                 [y],
                 linestyle="",
-                marker=MARKS[i % 7],
-                markersize=8,
+                marker="*" if star else MARKS[i % 7],
+                markersize=13 if star else 8,
                 color=palette.series[i],
                 label=row["id"],
             )

@@ -56,6 +56,10 @@ class RunFolder:
     """``robustness.json``: accuracy on corrupted images."""
     attention: dict[str, Any] = field(default_factory=dict)
     """``attention.json``: maps of teacher and students, and how far they agree."""
+    champion: dict[str, Any] = field(default_factory=dict)
+    """``champion.json``: the model in production when this run ended."""
+    data: dict[str, Any] = field(default_factory=dict)
+    """``data.json``: hashes and sizes of the splits."""
     recipe: str = ""
     """``recipe.resolved.yaml``, as text."""
     problems: tuple[str, ...] = ()
@@ -113,6 +117,8 @@ def open_run(path: Path) -> RunFolder:
         calibration=read("calibration.json", _json, {}),
         robustness=read("robustness.json", _json, {}),
         attention=read("attention.json", _json, {}),
+        champion=read("champion.json", _json, {}),
+        data=read("data.json", _json, {}),
         recipe=read("recipe.resolved.yaml", lambda f: f.read_text(), ""),
         problems=tuple(problems),  # arguments are evaluated in order, so this one comes last
     )

@@ -6,6 +6,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
+from compression.errors import InputError
+from export.comparing.view import (
+    VIEW,
+    Champion,
+    Filters,
+    column_named,
+    gather,
+    mark_champions,
+    mark_fronts,
+    parse_where,
+    sort_rows,
+    told_apart_by,
+)
 from export.comparison import (
     COLUMNS,
     NOT_MEASURED,
@@ -148,3 +161,103 @@ def test_the_knee_is_on_the_front(points):
 def test_the_knee_is_where_more_time_stops_paying():
     assert knee([(1, 0.50), (2, 0.88), (3, 0.90), (10, 0.92)]) == 1
     assert knee([(1, 0.5), (2, 0.6)]) == 1
+
+
+def view_rows():
+    base = {"recipe": "digits", "role": "student", "provider": "CPU", "isa": "avx2", "target": "cpu, cpu-int8"}
+    return [
+        {**base, "run": "night-1", "id": "a", "batch": 1, "accuracy": 0.90, "latency_p50_ms": 1.0},
+        {**base, "run": "night-1", "id": "b", "batch": 1, "accuracy": 0.95, "latency_p50_ms": 2.0},
+        {**base, "run": "night-2", "id": "a", "batch": 1, "accuracy": 0.96, "latency_p50_ms": 1.5},
+        {**base, "run": "night-2", "id": "a", "batch": 32, "accuracy": 0.96, "latency_p50_ms": 9.0},
+        {**base, "run": "night-2", "id": "engine", "role": "engine", "target": "rtx"},
+        {**base, "recipe": "clothes", "run": "night-3", "id": "a", "batch": 1, "accuracy": 0.5, "latency_p50_ms": 5.0},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "kept"),
+    [
+        ("accuracy>=0.95", ["b", "a", "a"]),
+        ("p50<2", ["a", "a"]),
+        ("batch==32", ["a"]),
+        ("role=engine", ["engine"]),
+        ("role != student", ["engine"]),
+        ("run=night-1", ["a", "b"]),
+    ],
+)
+def test_a_condition_keeps_what_meets_it_and_never_what_was_not_measured(text, kept):
+    condition = parse_where(text)
+    assert [row["id"] for row in view_rows() if condition(row)] == kept
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("acuracy>0.9", "Did you mean 'accuracy'"),
+        ("accuracy", "has no sign"),
+        ("accuracy>much", "shares from 0 to 1"),
+        ("role>student", "expected = or !="),
+    ],
+)
+def test_a_condition_that_means_nothing_is_refused_with_a_way_out(text, said):
+    with pytest.raises(InputError, match=said):
+        parse_where(text)
+
+
+def test_truth_values_are_conditions_too():
+    rows = mark_fronts(view_rows())
+    assert [row["id"] for row in rows if parse_where("pareto=yes")(row)] == ["a", "a", "a", "a"]
+    assert [row["id"] for row in rows if parse_where("pareto=no")(row)] == ["b"]
+
+
+def test_the_front_is_over_all_runs_of_a_recipe_and_never_over_several_recipes():
+    flags = [(row["run"], row["id"], row.get("pareto")) for row in mark_fronts(view_rows())]
+    assert flags == [
+        ("night-1", "a", True), ("night-1", "b", False), ("night-2", "a", True), ("night-2", "a", True),
+        ("night-2", "engine", None), ("night-3", "a", True),
+    ]  # fmt: skip
+
+
+def test_rows_pass_filters_of_any_column_and_a_cell_may_list_several_targets():
+    rows = mark_fronts(view_rows())
+    chosen = Filters(recipes=["digits"], targets=["cpu-int8"], batches=[1], front=True)
+    assert [(row["run"], row["id"]) for row in rows if chosen(row)] == [("night-1", "a"), ("night-2", "a")]
+    assert all(Filters()(row) for row in rows)
+
+
+def test_sorting_puts_what_was_not_measured_last_in_both_directions():
+    for name in ("accuracy", "-accuracy"):
+        values = [row.get("accuracy") for row in sort_rows(view_rows(), name)]
+        assert values[-1] is None
+        assert values[:-1] == sorted(values[:-1], reverse=name.startswith("-"))
+
+
+def test_columns_are_found_by_name_and_title_and_rows_told_apart_by_what_differs():
+    assert column_named("p50") is column_named("latency_p50_ms")
+    assert {column.name for column in COLUMNS} < {column.name for column in VIEW}
+    assert told_apart_by(view_rows()) == ["recipe", "run"]
+    assert told_apart_by(view_rows()[:2]) == []
+    assert told_apart_by([view_rows()[0], view_rows()[5]]) == ["recipe"]
+
+
+def test_a_champion_of_another_night_is_added_and_marked(tmp_path):
+    folder = tmp_path / "runs" / "digits" / "night-0"
+    folder.mkdir(parents=True)
+    write_comparison(
+        [{"id": name, "recipe": "digits", "accuracy": 0.9, "batch": 1} for name in ("a", "b")],
+        folder / "comparison.csv",
+    )
+    rows = mark_champions(view_rows(), [Champion("digits", "7", "b", folder)])
+    assert len(rows) == len(view_rows()) + 1
+    assert [(row["run"], row["id"], row["champion"]) for row in rows if row.get("champion")] == [
+        ("night-0", "b", "version 7")
+    ]
+    here = mark_champions(gather([folder]), [Champion("digits", "7", "b", folder)])
+    assert [row["id"] for row in here if row.get("champion")] == ["b"]
+    assert mark_champions(view_rows(), [Champion("digits", "7", "b", tmp_path / "gone")]) == view_rows()
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path):
+    with pytest.raises(InputError, match=r"has no comparison\.csv"):
+        gather([tmp_path])
