@@ -6,16 +6,16 @@ Exit codes: 0 accepted, 1 rejected by the gate, 2 bad input, 3 failed.
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from flows import deltas
+from flows import deltas, operating
 
 if TYPE_CHECKING:
     from flows.recipe import Recipe
@@ -28,11 +28,13 @@ app = typer.Typer(
     help="Turn big teacher models into small verified edge models.\n\n"
     "Start with [bold]stillhouse compress recipes/digits.yaml[/bold]; look first with [bold]stillhouse plan[/bold].",
 )
-app.add_typer(deltas.app)
+app.add_typer(deltas.app, rich_help_panel="Measuring and comparing")
+app.add_typer(operating.app)
 console = Console()
 problems = Console(stderr=True)
 
-REJECTED, BAD_INPUT, FAILED = 1, 2, 3
+REJECTED, BAD_INPUT, FAILED, LEFT = 1, 2, 3, 4
+RUNNING, LOOKING = "Recipes", "Measuring and comparing"
 
 RecipeArgument = Annotated[
     Path, typer.Argument(help="Recipe file, for example recipes/digits.yaml.", show_default=False)
@@ -45,13 +47,19 @@ SetOption = Annotated[
 ]
 
 
-@app.command(epilog="Example: stillhouse compress recipes/digits.yaml --set distill.train.epochs=20 --from distill")
+@app.command(
+    rich_help_panel=RUNNING,
+    epilog="Example: stillhouse compress recipes/digits.yaml --set distill.train.epochs=20 --from distill",
+)
 def compress(
     recipe: RecipeArgument,
     set_: SetOption = None,
     from_stage: Annotated[
         str | None, typer.Option("--from", metavar="STAGE", help="Do this stage and all after it again.")
     ] = None,
+    if_running: Annotated[
+        Literal["wait", "leave"], typer.Option(help="What to do when another process runs this recipe.")
+    ] = "wait",
 ) -> None:
     """Run the whole chain on a recipe: teachers, search, distillation, quantization, export, evidence, verdict."""
     os.environ.setdefault("PREFECT_LOGGING_LEVEL", "CRITICAL")  # the program says it in its own words
@@ -62,14 +70,12 @@ def compress(
         _check_stage(from_stage)
     if from_stage is None:
         _stop_if_nothing_to_do(loaded)
-    server = _use_running_server()
-    where = f"Prefect at {server}" if server else "a temporary Prefect server (`stillhouse up` starts a lasting one)"
-    console.print(f"[bold]{loaded.name}[/bold]: running with {where}.")
-    from flows.compress import compress as flow
-    from flows.progress import terminal_progress
+    with _prefect_server(loaded.name):
+        from flows.compress import compress as flow
+        from flows.progress import terminal_progress
 
-    with terminal_progress(console):
-        summary: Any = flow(loaded, restart_from=from_stage)
+        with terminal_progress(console):
+            summary: Any = flow(loaded, restart_from=cast(Any, from_stage), if_running=if_running)
     _show(summary)
 
 
@@ -86,20 +92,29 @@ def _stop_if_nothing_to_do(recipe: "Recipe") -> None:
         _show(summary)
 
 
-def _use_running_server() -> str | None:
-    """Point Prefect at the server of `stillhouse up`, if one runs; its address."""
-    from flows.server import running_server
+@contextmanager
+def _prefect_server(recipe: str) -> Iterator[None]:
+    """Have a Prefect server while the block runs: that of `stillhouse up`, or a temporary one."""
+    from flows.server import use_running_server
+    from flows.temporary_server import temporary_server
 
-    found = running_server()
-    if found is None:
-        return None
-    os.environ["PREFECT_API_URL"] = found.prefect_api
-    os.environ["STILLHOUSE_MLFLOW_UI"] = found.mlflow_url
-    return found.prefect_api
+    found = use_running_server()
+    if found is not None:
+        console.print(f"[bold]{recipe}[/bold]: running with Prefect at {found}.")
+        yield
+        return
+    with temporary_server(console):
+        console.print(
+            f"[bold]{recipe}[/bold]: running with a temporary Prefect server (`stillhouse up` starts a lasting one)."
+        )
+        yield
 
 
 def _show(summary: dict) -> None:
     """Print the table, the verdict and where things are, and end with the verdict's exit code."""
+    if summary["outcome"] == "left":
+        console.print(summary["summary"], markup=False, highlight=False)
+        raise typer.Exit(LEFT)
     from export.comparison import console_table
     from tasks.run_folder import read_rows
 
@@ -113,9 +128,24 @@ def _show(summary: dict) -> None:
     if summary["registered"]:
         model = summary["registered"]
         console.print(f"Model:   {model['model']} version {model['version']}, alias {model['alias']}")
+        _show_promotion(summary.get("promotion") or {})
     console.print(f"MLflow:  run {summary['mlflow_run']} in {summary['mlflow_url']}", soft_wrap=True)
     console.print(f"Report:  {folder / 'report.html'}", soft_wrap=True)
     raise typer.Exit(0 if accepted else REJECTED)
+
+
+def _show_promotion(promotion: Mapping[str, Any]) -> None:
+    """What was decided about the champion, and what a person has to do."""
+    if not promotion:
+        return
+    words = {"promote": "is the champion now", "ask": "waits for a person", "hold": "does not become the champion"}
+    console.print(f"Promotion: version {promotion['version']} {words[promotion['decision']]}.", highlight=False)
+    for reason in promotion["reasons"]:
+        console.print(f"  - {reason}", markup=False, highlight=False)
+    if promotion.get("command"):
+        console.print(f"  Decide: {promotion['command']}", markup=False, highlight=False)
+    if promotion.get("approval"):
+        console.print(f"  Decide in the Prefect UI, flow run {promotion['approval']['name']}.", highlight=False)
 
 
 def _check_stage(name: str) -> None:
@@ -126,7 +156,7 @@ def _check_stage(name: str) -> None:
         raise RecipeError(f"Stage '{name}' does not exist, expected one of: {', '.join(STAGES)}.")
 
 
-@app.command(epilog="Example: stillhouse plan recipes/fashion-mnist.yaml")
+@app.command(rich_help_panel=RUNNING, epilog="Example: stillhouse plan recipes/fashion-mnist.yaml")
 def plan(recipe: RecipeArgument, set_: SetOption = None) -> None:
     """Show every stage of a run, and which ones are kept from earlier runs; runs nothing."""
     from flows.recipe import load_recipe
@@ -144,31 +174,64 @@ def plan(recipe: RecipeArgument, set_: SetOption = None) -> None:
     console.print(f"{len(results) - todo} stages kept, {todo} to do.")
 
 
-@app.command(epilog="Example: stillhouse compare runs/digits/* --csv all.csv")
+@app.command(
+    rich_help_panel=LOOKING,
+    epilog="Examples: stillhouse compare; stillhouse compare digits fashion-mnist --pareto --html all.html; "
+    "stillhouse compare --role student --batch 1 --where 'accuracy>=0.9' --sort latency_p50_ms --csv all.csv",
+)
 def compare(
     runs: Annotated[
-        list[Path] | None, typer.Argument(help="Run folders; default: the newest run of every recipe.")
+        list[str] | None,
+        typer.Argument(
+            help="Run folders, <recipe>/<run-id>, or recipes (their newest runs); default: the newest of every recipe."
+        ),
     ] = None,
+    recipe: Annotated[list[str] | None, typer.Option(help="Only rows of this recipe; may be repeated.")] = None,
+    role: Annotated[
+        list[str] | None, typer.Option(help="Only teacher, student, control, engine or file; may be repeated.")
+    ] = None,
+    target: Annotated[list[str] | None, typer.Option(help="Only files for this target; may be repeated.")] = None,
+    precision: Annotated[list[str] | None, typer.Option(help="Only float32, int8, ...; may be repeated.")] = None,
+    batch: Annotated[list[int] | None, typer.Option(help="Only this batch size; may be repeated.")] = None,
+    where: Annotated[
+        list[str] | None,
+        typer.Option(metavar="COLUMN>=VALUE", help="Only rows for which this holds; may be repeated."),
+    ] = None,
+    pareto: Annotated[bool, typer.Option("--pareto", help="Only the front.")] = False,
+    sort: Annotated[str | None, typer.Option(help="Column to sort by; -COLUMN: largest first.")] = None,
+    columns: Annotated[str | None, typer.Option(help="Columns to show, separated by commas.")] = None,
+    all_columns: Annotated[bool, typer.Option("--all-columns", help="Show every column.")] = False,
+    json_: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
     csv: Annotated[Path | None, typer.Option(help="Also write the table to this CSV file.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Also write a page with filters, curves and costs.")] = None,
 ) -> None:
-    """Print one table over the candidates of any runs."""
-    from export.comparison import console_table, write_comparison
-    from tasks.run_folder import read_rows, run_folders
+    """Compare the candidates of any runs: one table, the front, the champion."""
+    from flows.comparing import compare_runs
 
-    folders = runs or list({folder.parent: folder for folder in run_folders()}.values())
-    rows = [row for folder in folders for row in read_rows(folder)]
-    if not rows:
-        problems.print("There is no run to compare. Start one: stillhouse compress recipes/digits.yaml", markup=False)
-        raise typer.Exit(BAD_INPUT)
-    console.print(console_table(rows, width=console.width))
-    if csv is not None:
-        write_comparison(rows, csv)
-        console.print(f"Wrote {csv}.")
+    code = compare_runs(
+        console,
+        runs or (),
+        recipes=recipe or (),
+        roles=role or (),
+        targets=target or (),
+        precisions=precision or (),
+        batches=batch or (),
+        where=where or (),
+        front=pareto,
+        sort=sort,
+        columns=columns,
+        all_columns=all_columns,
+        as_json=json_,
+        csv_path=csv,
+        html_path=html,
+    )
+    raise typer.Exit(code)
 
 
 @app.command(
+    rich_help_panel=RUNNING,
     epilog="Examples: stillhouse methods; stillhouse methods losses; stillhouse methods distill kd; "
-    "stillhouse methods selectors --json"
+    "stillhouse methods selectors --json",
 )
 def methods(
     kind: Annotated[
@@ -187,7 +250,10 @@ def methods(
     show_methods(console, kind, name, as_json=json_)
 
 
-@app.command(epilog="Examples: stillhouse latency 1x28x28; stillhouse latency 3x32x32 --batch 1 --batch 32 --json")
+@app.command(
+    rich_help_panel=LOOKING,
+    epilog="Examples: stillhouse latency 1x28x28; stillhouse latency 3x32x32 --batch 1 --batch 32 --json",
+)
 def latency(
     size: Annotated[str, typer.Argument(help="Channels, height and width of one image, e.g. 1x28x28.")],
     checkpoints: Annotated[
@@ -203,8 +269,9 @@ def latency(
 
 
 @app.command(
+    rich_help_panel=LOOKING,
     epilog="Examples: stillhouse bench float32.onnx int8.onnx; "
-    "stillhouse bench text.onnx text-int8.onnx --shape ids=1x128 --batch 1 --operators"
+    "stillhouse bench text.onnx text-int8.onnx --shape ids=1x128 --batch 1 --operators",
 )
 def bench(
     files: Annotated[
@@ -244,8 +311,9 @@ def bench(
 
 
 @app.command(
+    rich_help_panel=LOOKING,
     epilog="Examples: stillhouse parity model.onnx model-int8.onnx --inputs images.npy --labels labels.npy; "
-    "stillhouse parity a.onnx b.onnx --json"
+    "stillhouse parity a.onnx b.onnx --json",
 )
 def parity(
     a: Annotated[Path, typer.Argument(help="The ONNX file that is right.", show_default=False)],
@@ -266,7 +334,7 @@ def parity(
     raise typer.Exit(code)
 
 
-@app.command(epilog="Example: stillhouse init my-parts --data /data/parts")
+@app.command(rich_help_panel=RUNNING, epilog="Example: stillhouse init my-parts --data /data/parts")
 def init(
     name: Annotated[str, typer.Argument(help="Name of the recipe: lower case, digits, dashes.")],
     data: Annotated[Path, typer.Option(help="Folder with one sub-folder of images per class.")] = Path("/data/images"),
@@ -278,7 +346,7 @@ def init(
     console.print(f"Wrote {write_template(name, data, folder)}. Edit it, then: stillhouse plan {folder / name}.yaml")
 
 
-@app.command(epilog="Example: stillhouse samples recipes/digits.yaml samples.npz")
+@app.command(rich_help_panel=RUNNING, epilog="Example: stillhouse samples recipes/digits.yaml samples.npz")
 def samples(
     recipe: RecipeArgument,
     path: Annotated[Path, typer.Argument(help="The .npz file to write.", show_default=False)],
@@ -297,18 +365,7 @@ def samples(
     console.print("the recipe: {name: ..., source: {kind: outputs, path: ...}}.", markup=False)
 
 
-@app.command(epilog="Example: stillhouse up --prefect-port 4200 --mlflow-port 5000")
-def up(
-    prefect_port: Annotated[int | None, typer.Option(help="Port of the Prefect server; default: a free one.")] = None,
-    mlflow_port: Annotated[int | None, typer.Option(help="Port of the MLflow UI; default: a free one.")] = None,
-) -> None:
-    """Start the Prefect server, a worker and the MLflow UI, register the deployments, and keep running."""
-    from flows.server import up as start
-
-    raise typer.Exit(start(prefect_port, mlflow_port))
-
-
-@app.command()
+@app.command(rich_help_panel=RUNNING)
 def doctor() -> None:
     """Report what works on this machine, what does not and why, and what to install."""
     from flows.doctor import report
