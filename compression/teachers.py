@@ -16,7 +16,7 @@ from compression.data import Dataset, Split
 from compression.distill import plain_step
 from compression.errors import CheckpointError, CompressionError
 from compression.models import AnyModel, ModelSpec
-from compression.train import History, TrainConfig, fit
+from compression.train import Hardware, History, TrainConfig, fit
 from compression.types import Frozen, Slug
 
 
@@ -155,6 +155,7 @@ def obtain_teacher(
     *,
     seed: int,
     augment: AnyAugment,
+    hardware: Hardware | None = None,
     checkpoint_dir: Path | None = None,
     on_epoch: Callable[[dict], None] | None = None,
     on_step: Callable[[int, int], None] | None = None,
@@ -189,6 +190,7 @@ def obtain_teacher(
         seed=seed,
         augment=augment if teacher.source.augment is None else teacher.source.augment,
         views=None,
+        hardware=hardware,
         checkpoint_dir=checkpoint_dir,
         on_epoch=on_epoch,
         on_step=on_step,

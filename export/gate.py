@@ -19,6 +19,7 @@ from export.verdict import SEVERITY, Check, Outcome, Verdict
 Share = Annotated[float, Field(ge=0, le=1)]
 
 NOT_MEASURED = "not measured"
+TOO_GOOD = "too good to be true"
 
 
 class Policy(Frozen):
@@ -134,7 +135,7 @@ def _anomalies(policy: Policy, evidence: Evidence) -> Iterator[Check]:
     if drop is None or limit is None or not drop.high < -limit:
         return
     yield Check(
-        name="too good to be true",
+        name=TOO_GOOD,
         outcome="fail",
         found=f"{-drop.estimate:.2%} better",
         expected=f"at most {limit:.2%} better than the best teacher",

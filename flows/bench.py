@@ -2,7 +2,9 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from tasks.settings import prepare_prefect
 
@@ -13,6 +15,7 @@ from prefect.artifacts import create_table_artifact  # noqa: E402
 
 from compression.errors import InputError  # noqa: E402
 from export.benchmark import BenchmarkJob, run_benchmark  # noqa: E402
+from flows.form import RecipeName  # noqa: E402
 from tasks.artifacts import Artifact, Store  # noqa: E402
 from tasks.run_folder import run_folders  # noqa: E402
 from tasks.settings import settings  # noqa: E402
@@ -20,15 +23,15 @@ from tasks.settings import settings  # noqa: E402
 
 @flow(name="bench")
 def bench(
-    recipe: str = "digits",
-    batches: list[int] = [1, 32],  # noqa: B006  (Prefect's form shows it)
-    rounds: int = 30,
-    threads: int = 1,
+    recipe: RecipeName = "digits",
+    batches: list[Annotated[int, Field(ge=1)]] = [1, 32],  # noqa: B006  (Prefect's form shows it)
+    rounds: Annotated[int, Field(ge=3, le=1000)] = 30,
+    threads: Annotated[int, Field(ge=1, le=256)] = 1,
 ) -> list[dict[str, Any]]:
     """Interleaved latency of every file of a recipe's newest run.
 
     Args:
-        recipe: Name of the recipe.
+        recipe: Name of the recipe; its newest run is timed.
         batches: Images per call.
         rounds: Interleaved rounds; more rounds, narrower noise floor.
         threads: Threads of each session.

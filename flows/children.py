@@ -13,9 +13,15 @@ from typing import Any
 import psutil
 
 from compression.errors import StillhouseError
+from flows import tied
 
 PATIENCE_SECONDS = 12.0  # a polite end takes a server 1-3 s; after this it is killed
+DRAIN_SECONDS = 18.0  # a worker's runs get 10 s of it
 TAIL_LINES = 15
+RESTARTS = 3
+"""How often a program that ends by itself is started again ..."""
+RESTARTS_SECONDS = 600.0
+"""... within so many seconds; a program that ends more often will not run by being started."""
 
 
 class ServerError(StillhouseError):
@@ -27,12 +33,19 @@ class Child:
     """One running program of ours, and where its output goes."""
 
     name: str
-    process: subprocess.Popen[bytes]
+    command: list[str]
+    environment: dict[str, str]
+    folder: Path
     log: Path
+    process: subprocess.Popen[bytes]
     created: float
     """Start time in seconds since the epoch; with the pid it identifies the process."""
+    owns_descendants: bool = True
+    """Whether what it started is of no use without it; a worker's flow runs go on."""
     seen: dict[int, psutil.Process] = field(default_factory=dict)
     """Every descendant noticed so far; some start a session of their own."""
+    restarts: list[float] = field(default_factory=list)
+    """When it was started again, by the monotonic clock."""
 
     @property
     def exit_code(self) -> int | None:
@@ -48,6 +61,15 @@ class Child:
                 f"Last lines of {self.log}:\n{tail(self.log)}"
             )
 
+    def start_again(self) -> None:
+        """Start the ended program anew, with the same command and the same log."""
+        self.restarts.append(time.monotonic())
+        self.process, self.created = _launch(self.command, self.environment, self.folder, self.log)
+
+    def restarts_within(self, seconds: float) -> int:
+        """How often it was started again in the last ``seconds``."""
+        return sum(time.monotonic() - when < seconds for when in self.restarts)
+
     def notice_descendants(self) -> None:
         """Remember the processes below this one, so that they are found even when it dies first."""
         with suppress(psutil.Error):
@@ -60,13 +82,20 @@ class Child:
 
 
 def start(name: str, command: Sequence[str], *, environment: Mapping[str, str], folder: Path, log: Path) -> Child:
-    """The started program, in a session of its own: Ctrl-C in the terminal reaches only its parent."""
+    """The started program, tied to this process, in a session of its own: Ctrl-C reaches only its parent."""
     log.parent.mkdir(parents=True, exist_ok=True)
     if log.exists():
         log.replace(log.with_suffix(".previous.log"))
-    with log.open("wb") as output:
+    process, created = _launch(command, environment, folder, log)
+    return Child(name, list(command), dict(environment), folder, log, process, created)
+
+
+def _launch(
+    command: Sequence[str], environment: Mapping[str, str], folder: Path, log: Path
+) -> tuple[subprocess.Popen[bytes], float]:
+    with log.open("ab") as output:
         process = subprocess.Popen(
-            list(command),
+            tied.command(command),
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
@@ -75,30 +104,59 @@ def start(name: str, command: Sequence[str], *, environment: Mapping[str, str], 
             start_new_session=True,
         )
     try:
-        created = psutil.Process(process.pid).create_time()
+        return process, psutil.Process(process.pid).create_time()
     except psutil.Error:
-        created = time.time()
-    return Child(name, process, log, created)
+        return process, time.time()
+
+
+def restart(child: Child) -> str:
+    """Start an ended program again, and say so in a sentence.
+
+    Raises:
+        ServerError: it has ended too often; the last lines of its log are in the message.
+    """
+    done = child.restarts_within(RESTARTS_SECONDS)
+    if done >= RESTARTS:
+        raise ServerError(
+            f"{child.name} (pid {child.process.pid}) has ended with exit code {child.exit_code} although it was "
+            f"started again {done} times within {RESTARTS_SECONDS / 60:.0f} minutes, expected it to keep running. "
+            f"Last lines of {child.log}:\n{tail(child.log)}"
+        )
+    sentence = (
+        f"{child.name} (pid {child.process.pid}) has ended with exit code {child.exit_code}; "
+        f"started again ({done + 1} of {RESTARTS} times in {RESTARTS_SECONDS / 60:.0f} minutes)."
+    )
+    if child.owns_descendants:
+        end_processes(child.seen.values(), patience=3.0)  # they may hold its port
+    child.start_again()
+    return sentence
 
 
 def end(children: Iterable[Child]) -> None:
-    """End the programs and everything below them: asked first, killed when they do not follow."""
+    """End the programs and everything below them: asked first, killed when they do not follow.
+
+    Workers end before the servers, so that their runs can still say how they ended.
+    """
     programs = list(children)
-    processes: dict[int, psutil.Process] = {}
     for child in programs:
         child.notice_descendants()
-        processes.update(child.seen)
+    _ask([child for child in programs if not child.owns_descendants], DRAIN_SECONDS)
+    _ask([child for child in programs if child.owns_descendants], PATIENCE_SECONDS)
+    end_processes([process for child in programs for process in child.seen.values()], patience=3.0)
+
+
+def _ask(programs: Sequence[Child], patience: float) -> None:
+    for child in programs:
         if child.exit_code is None:
             with suppress(ProcessLookupError):
                 child.process.terminate()
-    deadline = time.monotonic() + PATIENCE_SECONDS
+    deadline = time.monotonic() + patience
     for child in programs:
         try:
             child.process.wait(timeout=max(0.1, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
             child.process.kill()
             child.process.wait()
-    end_processes(processes.values(), patience=3.0)
 
 
 def end_processes(processes: Iterable[psutil.Process], *, patience: float = PATIENCE_SECONDS) -> int:

@@ -6,7 +6,7 @@ every stage up and runs nothing.
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, get_args
 
 from tasks.settings import prepare_prefect
 
@@ -17,6 +17,7 @@ from prefect.artifacts import create_link_artifact, create_markdown_artifact, cr
 from prefect.client.schemas.objects import State  # noqa: E402
 from prefect.runtime import flow_run  # noqa: E402
 from prefect.states import Completed  # noqa: E402
+from pydantic import Field  # noqa: E402
 
 from compression.data import check_source  # noqa: E402
 from compression.errors import ExportError, RecipeError  # noqa: E402
@@ -27,8 +28,14 @@ from export.comparison import show as show_cell  # noqa: E402
 from export.formats import NOT_RUN_HERE  # noqa: E402
 from export.profiles import Form, forms_of, runs_here  # noqa: E402
 from export.targets import OnnxRuntimeTarget, OpenVinoTarget, TensorRtRtxTarget  # noqa: E402
+from flows.cancelling import cancellable  # noqa: E402
+from flows.fan_out import ahead  # noqa: E402
+from flows.fan_out import check as check_fan_out  # noqa: E402
+from flows.form import RecipeChoice, resolve  # noqa: E402
 from flows.progress import show  # noqa: E402
+from flows.promotion import promote_candidate  # noqa: E402
 from flows.recipe import Recipe, dump_recipe  # noqa: E402
+from flows.reconcile import settle_before  # noqa: E402
 from tasks import tracking  # noqa: E402
 from tasks.artifacts import Store, file_digest  # noqa: E402
 from tasks.attention import compare_attention  # noqa: E402
@@ -38,13 +45,14 @@ from tasks.diagnose import diagnose_files  # noqa: E402
 from tasks.distill import distill_student  # noqa: E402
 from tasks.evaluate import benchmark_files, evaluate_files  # noqa: E402
 from tasks.export import export_engine, export_graph, export_openvino  # noqa: E402
-from tasks.gate import judge, register  # noqa: E402
+from tasks.gate import can_register, judge, register  # noqa: E402
 from tasks.machine import engine_backend, int8_weights, machine_digest, set_threads  # noqa: E402
 from tasks.prefect_runner import PrefectRunner, UiProgress  # noqa: E402
 from tasks.progress import Report  # noqa: E402
 from tasks.quantize import quantize_student  # noqa: E402
 from tasks.robustness import measure_robustness  # noqa: E402
 from tasks.run_folder import read_rows, save_summary, write_run_folder  # noqa: E402
+from tasks.running import AlreadyRunning, IfRunning, running  # noqa: E402
 from tasks.search import search  # noqa: E402
 from tasks.sensitivity import measure_sensitivity  # noqa: E402
 from tasks.settings import settings  # noqa: E402
@@ -92,11 +100,30 @@ SOURCE_OF: dict[Form, Form] = {
 OPTIONAL_FORMS: tuple[Form, ...] = ("int4", "fp8", "bfloat16")
 """Forms that not every network can have."""
 
-STAGES = (
-    *("data", "teacher", "teacher_outputs", "select", "search", "distill", "sparsify", "sensitivity", "quantize"),
-    *("calibrate", "export", "engine", "openvino", "evaluate", "robustness", "attention", "benchmark", "diagnose"),
-    *("gate", "register"),
-)
+StageName = Literal[
+    "data",
+    "teacher",
+    "teacher_outputs",
+    "select",
+    "search",
+    "distill",
+    "sparsify",
+    "sensitivity",
+    "quantize",
+    "calibrate",
+    "export",
+    "engine",
+    "openvino",
+    "evaluate",
+    "robustness",
+    "attention",
+    "benchmark",
+    "diagnose",
+    "gate",
+    "register",
+]
+RestartFrom = Annotated[StageName, Field(title="this stage")] | Annotated[None, Field(title="what has changed")]
+STAGES: tuple[str, ...] = get_args(StageName)
 """Stage names in order, as ``restart_from`` takes them."""
 
 
@@ -113,6 +140,7 @@ def story(recipe: Recipe) -> Outcome:
         unlabelled_source=source_digest(recipe.unlabelled) if recipe.unlabelled is not None else "",
     )
 
+    ahead(recipe, [("teacher", teacher.name) for teacher in recipe.teachers])
     teachers: Results = {
         teacher.name: make_teacher(
             name=teacher.name,
@@ -162,7 +190,9 @@ def story(recipe: Recipe) -> Outcome:
     if parent is not None:
         outcome.sensitivities[f"teacher-{best}"] = parent
 
-    for finalist in range(len(found.info.get("finalists", range(recipe.search.finalists)))):
+    finalists = range(len(found.info.get("finalists", range(recipe.search.finalists))))
+    ahead(recipe, [("student", finalist) for finalist in finalists])
+    for finalist in finalists:
         _finish_student(recipe, outcome, f"student-{finalist}", finalist, panel)
 
     for name, teacher in models.items():
@@ -242,9 +272,16 @@ def story(recipe: Recipe) -> Outcome:
         robustness=outcome.robustness,
         seed=seed,
     )
-    if outcome.verdict.info.get("outcome") == "accept":
+    if can_register(outcome.verdict.info):
         outcome.registered = register(
-            name=recipe.name, verdict=outcome.verdict, files=outcome.files, lineage=outcome.verdict.key
+            name=recipe.name,
+            verdict=outcome.verdict,
+            targets=recipe.targets,
+            files=outcome.files,
+            data=data,
+            evaluation=outcome.evaluation,
+            benchmark=outcome.benchmark,
+            lineage=outcome.verdict.key,
         )
     return outcome
 
@@ -400,6 +437,7 @@ def preflight(recipe: Recipe) -> Store:
         InputError: dataset or teacher weights are absent or unusable.
         ArtifactError: the store or the MLflow database cannot be written, or the disk is full.
     """
+    check_fan_out()
     check_source(recipe.data)
     if recipe.unlabelled is not None:
         check_source(recipe.unlabelled)
@@ -429,25 +467,40 @@ def plan(recipe: Recipe) -> list[StageResult]:
     return runner.results
 
 
-@flow(name="compress", flow_run_name="compress-{recipe.name}", validate_parameters=True)
-def compress(recipe: Recipe, restart_from: str | None = None) -> dict[str, Any] | State[dict[str, Any]]:
+@flow(name="compress", flow_run_name="compress-{recipe.name}")
+def compress(
+    recipe: RecipeChoice, restart_from: RestartFrom = None, if_running: IfRunning = "wait"
+) -> dict[str, Any] | State[dict[str, Any]]:
     """Take teachers to a verified edge model.
 
     Args:
-        recipe: Everything the run needs: data, teachers, search, distillation, quantization, targets, policy.
-        restart_from: Name of a stage (data, teacher, search, distill, quantize, export, ...) from which on kept
-            results are not used.
+        recipe: What to run: a recipe file by its name, with changes for this run, or a whole recipe written out.
+        restart_from: Restart from this stage: kept results of it and of all stages after it are not used. None: only
+            what has changed is done again.
+        if_running: When another run of this recipe is under way, wait for its end, or leave at once.
+
+    The state says how it ended: Accepted, Rejected, or Left.
     """
+    whole = resolve(recipe)
     in_ui = UiProgress()
 
     def report(text: str, done: int, total: int) -> None:
         in_ui(text, done, total)
         show(text, done, total)
 
-    summary = run_recipe(recipe, report=report, runner=PrefectRunner, restart_from=restart_from)
-    publish(recipe.name, summary)
+    try:
+        summary = run_recipe(
+            whole, report=report, runner=PrefectRunner, restart_from=restart_from, if_running=if_running
+        )
+    except AlreadyRunning as error:
+        left = {"recipe": whole.name, "outcome": "left", "summary": str(error)}
+        return Completed(name="Left", message=str(error), data=left)
+    summary["promotion"] = promote_candidate(whole.name, whole.promotion, Path(summary["folder"]))
+    save_summary(summary)
+    publish(whole.name, summary)
     accepted = summary["outcome"] == "accept"
-    return Completed(name="Accepted" if accepted else "Rejected", message=summary["summary"][:900], data=summary)
+    message = f"{summary['summary'][:900]}\nReport: {Path(summary['folder']) / 'report.html'}"
+    return Completed(name="Accepted" if accepted else "Rejected", message=message, data=summary)
 
 
 def publish(name: str, summary: dict[str, Any]) -> None:
@@ -472,18 +525,33 @@ def run_recipe(
     report: Report = lambda text, done, total: None,
     runner: type[DirectRunner] = DirectRunner,
     restart_from: str | None = None,
+    if_running: IfRunning = "wait",
 ) -> dict[str, Any]:
-    """Carry the story out, write the run folder and return its summary (JSON)."""
+    """Carry the story out, write the run folder and return its summary (JSON).
+
+    Raises:
+        AlreadyRunning: another process runs this recipe, and ``if_running`` is "leave".
+    """
     store = preflight(recipe)
     set_threads(settings().threads)
     tags = {"recipe": recipe.name}
+    if restart_from is not None:
+        tags[tracking.RESTART_FROM] = restart_from
     if flow_run.id:
         tags |= {
             "prefect.flow_run_id": str(flow_run.id),
             "prefect.flow_run_name": str(flow_run.name),
             "mlflow.note.content": f"[Prefect flow run]({flow_run.ui_url})",
         }
-    with tracking.recipe_run(recipe.name, {"recipe": recipe}, tags) as parent:
+    flow_run_id = tags.get("prefect.flow_run_id")
+    with (
+        cancellable(),
+        running(recipe.name, flow_run_id=flow_run_id, if_running=if_running, report=report) as lease,
+        tracking.recipe_run(recipe.name, {"recipe": recipe}, tags) as parent,
+    ):
+        lease.note(mlflow_run=parent.id)
+        if flow_run_id is not None:
+            settle_before(recipe.name, flow_run_id)
         runs = runner(index=StageIndex(store), parent_run=parent, report=report, force_from=restart_from)
         with use_runner(runs):
             outcome = story(recipe)

@@ -1,16 +1,11 @@
-"""Deployments: what the Prefect server knows of this store's flows, its work pool and its interrupted runs."""
+"""Deployments: what the Prefect server knows of this store's flows, and its work pool."""
 
 import logging
 import os
 import sys
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import yaml
-
-from compression.errors import InputError
-from flows import children
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient
@@ -22,35 +17,36 @@ TRAINING_TAG = "training"
 FLOW_RUN_VARIABLE = "PREFECT__FLOW_RUN_ID"  # Prefect sets it in the process of every deployed run
 
 
-def read_recipe(path: str) -> dict[str, Any]:
-    """``{"recipe": values}`` of a recipe file: a build step of prefect.yaml, so that the run form is filled."""
-    try:
-        with Path(path).open(encoding="utf-8") as file:
-            recipe = yaml.safe_load(file)
-    except FileNotFoundError as error:
-        raise InputError(
-            f"Recipe '{path}' of prefect.yaml does not exist in '{Path.cwd()}'. "
-            "Restore it, or name another in the build step `flows.deployments.read_recipe`."
-        ) from error
-    return {"recipe": recipe}
-
-
 def connect(api: str) -> "SyncPrefectClient":
-    """A client of the server at ``api``, whatever the environment says."""
+    """A client of the server at ``api``, whatever address the environment says."""
     from prefect.client.orchestration import SyncPrefectClient
+    from prefect.settings import PREFECT_API_AUTH_STRING
 
-    return SyncPrefectClient(api)
+    return SyncPrefectClient(api, auth_string=PREFECT_API_AUTH_STRING.value())
 
 
 def prepare_pool(client: "SyncPrefectClient") -> None:
-    """Make the work pool if it is absent, and let one training task run at a time."""
-    from prefect.client.schemas.actions import WorkPoolCreate
+    """Make the work pool what it should be, and let one training task run at a time.
+
+    A worker does not stream its runs' output: the pipe would break with the worker, and end the run.
+    """
+    from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
     from prefect.exceptions import ObjectNotFound
+    from prefect.workers.process import ProcessWorker
 
     try:
-        client.read_work_pool(POOL)
+        template = client.read_work_pool(POOL).base_job_template
     except ObjectNotFound:
-        client.create_work_pool(WorkPoolCreate(name=POOL, type="process", description="Flows run as processes here."))
+        template = ProcessWorker.get_default_base_job_template()
+        client.create_work_pool(
+            WorkPoolCreate(
+                name=POOL, type="process", description="Flows run as processes here.", base_job_template=template
+            )
+        )
+    output = template.get("variables", {}).get("properties", {}).get("stream_output", {})
+    if output.get("default") is not False:
+        output["default"] = False
+        client.update_work_pool(POOL, WorkPoolUpdate(base_job_template=template))
     client.create_concurrency_limit(tag=TRAINING_TAG, concurrency_limit=1)
 
 
@@ -71,21 +67,28 @@ def registration_command(deployments: Path) -> list[str]:
     ]
 
 
+def refuse_unknown_parameters(client: "SyncPrefectClient") -> None:
+    """Let the server refuse parameters that a flow does not have: it would take them, and the run would crash."""
+    from prefect.client.schemas.actions import DeploymentUpdate
+    from prefect.client.schemas.filters import WorkPoolFilter
+
+    pool = WorkPoolFilter.model_validate({"name": {"any_": [POOL]}})
+    for deployment in client.read_deployments(work_pool_filter=pool):
+        schema = {**(deployment.parameter_openapi_schema or {}), "additionalProperties": False}
+        client.update_deployment(deployment.id, DeploymentUpdate(parameter_openapi_schema=schema))
+
+
+def worker_name() -> str:
+    """What the worker of this machine is called; Prefect labels the runs it takes with it."""
+    return f"{POOL}-{os.uname().nodename}"
+
+
 def worker_command() -> list[str]:
-    """The command of the worker of this machine."""
-    name = f"{POOL}-{os.uname().nodename}"
+    """The command of the worker of this machine, which lets its runs end in peace."""
     return [
-        sys.executable,
-        "-m",
-        "prefect",
-        "worker",
-        "start",
-        "--pool",
-        POOL,
-        "--type",
-        "process",
-        "--name",
-        name,
+        *(sys.executable, "-m", "flows.drain"),
+        *(sys.executable, "-m", "prefect", "worker", "start"),
+        *("--pool", POOL, "--type", "process", "--name", worker_name()),
     ]
 
 
@@ -95,27 +98,3 @@ def worker_is_online(client: "SyncPrefectClient", *, since: datetime) -> bool:
         worker.last_heartbeat_time is not None and worker.last_heartbeat_time >= since
         for worker in client.read_workers_for_work_pool(POOL)
     )
-
-
-def settle_interrupted_runs(client: "SyncPrefectClient", *, reason: str) -> list[str]:
-    """Names of the pool's runs that were under way without a process; they are set to CRASHED (or CANCELLED).
-
-    Call it while no worker runs: then nobody else would ever end them. A run whose process outlived its worker is
-    left alone.
-    """
-    from prefect.client.schemas.filters import FlowRunFilter, WorkPoolFilter
-    from prefect.states import Cancelled, Crashed
-
-    live = children.live_values(FLOW_RUN_VARIABLE)
-    under_way = FlowRunFilter.model_validate({"state": {"type": {"any_": ["RUNNING", "PENDING", "CANCELLING"]}}})
-    pool = WorkPoolFilter.model_validate({"name": {"any_": [POOL]}})
-    settled = []
-    for run in client.read_flow_runs(flow_run_filter=under_way, work_pool_filter=pool):
-        if str(run.id) in live:
-            logger.warning("Run '%s' goes on without its worker; it is left alone.", run.name)
-            continue
-        cancelling = run.state is not None and run.state.is_cancelling()
-        state = Cancelled(message=reason) if cancelling else Crashed(message=reason)
-        client.set_flow_run_state(run.id, state, force=True)
-        settled.append(run.name)
-    return settled

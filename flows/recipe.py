@@ -25,28 +25,35 @@ from compression.teachers import Teacher
 from compression.types import Frozen, Slug
 from compression.zoo import Group
 from export.gate import Policy
+from export.promotion import Promotion
 from export.targets import AnyTarget
+from flows.policy_file import include_policy
+from flows.safe_yaml import load_yaml, read_limited
 
 
-class Recipe(Frozen):
+class Recipe(Frozen, title="Written out"):
     """One whole run, from teachers to a verdict on what may ship."""
 
     name: Slug
     """Names the run folder and the registered model."""
     description: str = ""
+    """What it is for, in one line."""
     seed: int = Field(default=0, ge=0)
     """Seeds every split, initialisation, permutation and augmented view."""
     data: AnyData
+    """Where images and labels come from."""
     unlabelled: AnyData | None = None
     """More images of the same kind, whose labels are not looked at: students learn what teachers say about them."""
     augment: AnyAugment = NoAugment()
     """Training-time augmentation; a pure function of seed, view and sample, so that teacher outputs can be kept."""
     teachers: tuple[Teacher, ...] = Field(min_length=1)
+    """The big models, one entry each."""
     select: SelectConfig
     """Which teachers make the panel."""
     search: AnySearch
     """Which students are tried."""
     distill: DistillConfig
+    """How a student is taught."""
     sparsify: AnySparsifier | None = None
     """Zeros in the distilled student's weights, kept by what follows; the dense student stays as a control."""
     sensitivity: SensitivityConfig | None = SensitivityConfig()
@@ -56,12 +63,15 @@ class Recipe(Frozen):
     calibrate: Calibrate | None = Calibrate()
     """A temperature for each form of a student, stored in its files; ``apply`` divides the logits in them."""
     targets: tuple[AnyTarget, ...] = Field(min_length=1)
+    """The runtimes and precisions that files are made for."""
     robustness: RobustnessConfig | None = RobustnessConfig()
     """Accuracy of every file on corrupted test images."""
     attention: AttentionConfig | None = AttentionConfig()
     """Whether students look where their teacher looks; pictures for the report."""
     policy: Policy
     """What an accepted model must prove."""
+    promotion: Promotion = Promotion()
+    """When an accepted model replaces the champion."""
     benchmark_rounds: PositiveInt = 30
     """Interleaved rounds of the latency benchmark; more rounds, narrower noise floor."""
 
@@ -144,27 +154,31 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
             file, line, place in the file, what was found and what is expected.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_limited(path, what=f"Recipe '{path}'")
     except FileNotFoundError as error:
         near = sorted(str(other) for other in path.parent.glob("*.y*ml")) if path.parent.is_dir() else []
         hint = f" Recipes there: {', '.join(near)}." if near else " Shipped recipes are in recipes/."
         raise RecipeError(f"Recipe '{path}' does not exist.{hint}") from error
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"Recipe '{path}' cannot be read: {error}.") from error
-    try:
-        raw = yaml.safe_load(text)
-        lines = _line_numbers(yaml.compose(text, Loader=yaml.SafeLoader))
-    except yaml.YAMLError as error:
-        raise RecipeError(f"Recipe '{path}' is not YAML: {error}") from error
+    raw, node = load_yaml(text, what=f"Recipe '{path}'")
+    lines = _line_numbers(node)
     if not isinstance(raw, dict):
         raise RecipeError(f"Recipe '{path}' holds {type(raw).__name__}, expected a mapping of sections.")
+    files = include_policy(raw, path, lines)
     for override in overrides:
         _apply(raw, override)
-    return parse_recipe(raw, source=str(path), lines=lines)
+    return parse_recipe(raw, source=str(path), lines=lines, files=files)
 
 
-def parse_recipe(raw: Mapping[str, Any], *, source: str = "recipe", lines: Mapping[tuple, int] | None = None) -> Recipe:
-    """A recipe from nested plain values; RecipeError lists every problem."""
+def parse_recipe(
+    raw: Mapping[str, Any],
+    *,
+    source: str = "recipe",
+    lines: Mapping[tuple, int] | None = None,
+    files: Mapping[str, str] | None = None,
+) -> Recipe:
+    """A recipe from nested plain values; RecipeError lists every problem. ``files``: section -> where it came from."""
     try:
         return Recipe.model_validate(raw)
     except ValidationError as error:
@@ -173,7 +187,8 @@ def parse_recipe(raw: Mapping[str, Any], *, source: str = "recipe", lines: Mappi
         for place, message in problems:
             line = (lines or {}).get(place)
             where = ".".join(str(part) for part in place) or "(whole recipe)"
-            rows.append(f"  {source}{f':{line}' if line else ''}  {where}: {message}")
+            file = (files or {}).get(str(place[0]), source) if place else source
+            rows.append(f"  {file}{f':{line}' if line else ''}  {where}: {message}")
         count = "1 problem" if len(rows) == 1 else f"{len(rows)} problems"
         raise RecipeError(f"Recipe '{source}' has {count}; nothing was run.\n" + "\n".join(rows)) from error
 
@@ -285,10 +300,7 @@ def _apply(raw: dict[str, Any], override: str) -> None:
         raise RecipeError(
             f"Override '{override}' has no '=', expected NAME.NAME=VALUE, for example --set distill.train.epochs=5."
         )
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"Override '{override}' has a value that is not YAML: {error}") from error
+    value, _ = load_yaml(text, what=f"The value of override '{override[:200]}'")
     target: Any = raw
     for depth, part in enumerate(parts[:-1]):
         child = _child(target, part)

@@ -1,5 +1,7 @@
 """``stillhouse up``: Prefect server, worker and MLflow UI as child processes, with the deployments registered."""
 
+import importlib
+import importlib.util
 import json
 import logging
 import os
@@ -9,29 +11,31 @@ import subprocess
 import sys
 import threading
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 from rich.console import Console
 
 from compression.errors import InputError
-from flows import children, deployments
+from flows import children, deployments, temporary_server
 from flows.children import Child, ServerError
+from flows.ports import HOST, answers, free_port, is_loopback, require_address
 from tasks.settings import prepare_prefect, settings
+
+if TYPE_CHECKING:
+    from prefect.client.orchestration import SyncPrefectClient
+
+    from flows.reconcile import Settled
 
 logger = logging.getLogger(__name__)
 
-HOST = "127.0.0.1"
-DEFAULT_PORTS = {"Prefect": 4200, "MLflow": 5000}
 START_SECONDS = 180.0
-OPTIONS = {"Prefect": "--prefect-port", "MLflow": "--mlflow-port"}
+RECONCILE_SECONDS = 5.0
+"""How long after a pass of the reconciler the next one begins."""
 
 
 @dataclass(frozen=True)
@@ -59,48 +63,59 @@ def running_server() -> Running | None:
     if children.find(state.get("program", {})) is None:
         return None
     found = Running(**{key: state[key] for key in ("prefect_url", "prefect_api", "mlflow_url")})
-    return found if _answers(f"{found.prefect_api}/health") else None
+    return found if answers(f"{found.prefect_api}/health") else None
+
+
+def use_running_server() -> str | None:
+    """Point Prefect, in this process, at the server of ``stillhouse up`` if one runs; the address of its API."""
+    found = running_server()
+    if found is None:
+        return None
+    temporary_server.use_api(found.prefect_api)
+    os.environ["STILLHOUSE_MLFLOW_UI"] = found.mlflow_url
+    return found.prefect_api
 
 
 def up(
     prefect_port: int | None = None,
     mlflow_port: int | None = None,
     *,
+    host: str = HOST,
     stop: threading.Event | None = None,
     deployments_file: Path | None = None,
     folder: Path | None = None,
     console: Console | None = None,
 ) -> int:
-    """Run until Ctrl-C, SIGTERM or ``stop``; returns the exit code: 0 after a wanted end, 3 when a child died.
+    """Run until Ctrl-C, SIGTERM or ``stop``; returns the exit code: 0 after a wanted end, 3 when a child kept dying.
 
     Args:
         prefect_port: Port of the Prefect server; None: 4200 or the next free one.
         mlflow_port: Port of the MLflow UI; None: 5000 or the next free one.
+        host: Address the Prefect server listens at. The MLflow UI, which asks nobody who they are, is only for this
+            machine.
         stop: Ends it from another thread.
         deployments_file: What to register; default ``prefect.yaml``.
         folder: Where flows are loaded from; default the project's root.
         console: Where to print.
 
     Raises:
-        InputError: a port is taken, or another ``stillhouse up`` runs already.
+        InputError: a port is taken, the address is open to others without a password, or another server of this
+            project runs already.
     """
     console = console or Console()
-    already = running_server()
-    if already is not None:
-        raise InputError(
-            f"`stillhouse up` runs here already: Prefect {already.prefect_url}, MLflow {already.mlflow_url}. "
-            "Use it, or end it with Ctrl-C first."
-        )
-    ports = {"Prefect": free_port("Prefect", prefect_port), "MLflow": free_port("MLflow", mlflow_port)}
+    prepare_prefect()
+    _refuse_a_second()
+    _require_password(host)
+    ports = {"Prefect": free_port("Prefect", prefect_port, host), "MLflow": free_port("MLflow", mlflow_port)}
     stop = stop or threading.Event()
     folder = folder or settings().root
     file = deployments_file or folder / "prefect.yaml"
     programs: list[Child] = []
     with _ending_on_signals(stop):
         try:
-            found = _start(programs, ports, file, folder, console, stop)
+            found = _start(programs, ports, host, file, folder, console, stop)
             _announce(found, console)
-            _watch(programs, stop)
+            _watch(found, programs, console, stop)
         except ServerError as error:
             console.print(str(error), style="red", markup=False, highlight=False)
             return 3
@@ -112,50 +127,62 @@ def up(
     return 0
 
 
-def free_port(name: str, wanted: int | None) -> int:
-    """``wanted`` if it is free, else an error that names who holds it; without a wish the first free one.
-
-    Raises:
-        InputError: the wanted port is taken.
-    """
-    if wanted is not None:
-        if _is_free(wanted):
-            return wanted
+def _refuse_a_second() -> None:
+    already = running_server()
+    if already is not None:
         raise InputError(
-            f"Port {wanted} for {name} is in use{_holder(wanted)}, expected a free one. "
-            f"Choose another with {OPTIONS[name]}, or leave the option out for a free one."
+            f"`stillhouse up` runs here already: Prefect {already.prefect_url}, MLflow {already.mlflow_url}. "
+            "Use it, or end it with Ctrl-C first."
         )
-    first = DEFAULT_PORTS[name]
-    return next(port for port in range(first, first + 2000) if _is_free(port))
+    temporary = temporary_server.living_server()
+    if temporary is not None and not os.environ.get("PREFECT_API_DATABASE_CONNECTION_URL"):
+        raise InputError(
+            f"A recipe runs here with a temporary Prefect server at {temporary.removesuffix('/api')}, expected none: "
+            "two servers on one SQLite database lock each other out. Wait for the recipe's end, or look at it there."
+        )
+    _end_recorded()
 
 
-def _is_free(port: int) -> bool:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((HOST, port))
-        except OSError:
-            return False
-    return True
+def _end_recorded() -> None:
+    """End what an earlier ``stillhouse up`` left running, where the kernel did not."""
+    try:
+        state = json.loads(state_path().read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return
+    left = [children.find(identity) for identity in state.get("children", {}).values()]
+    children.end_processes(each for process in left if process for each in children.with_descendants(process))
 
 
-def _holder(port: int) -> str:
-    with suppress(psutil.Error, PermissionError):
-        for connection in psutil.net_connections("tcp"):
-            if connection.laddr and connection.laddr.port == port and connection.pid:
-                return f" by '{psutil.Process(connection.pid).name()}' (pid {connection.pid})"
-    return ""
+def _require_password(host: str) -> None:
+    """Others may come in only with a password; our own programs then use it too."""
+    from prefect.settings import PREFECT_SERVER_API_AUTH_STRING
+
+    password = PREFECT_SERVER_API_AUTH_STRING.value()
+    if not is_loopback(host):
+        require_address(host)
+        if not password:
+            raise InputError(
+                f"Address '{host}' is open to other machines and no password is set, expected one: whoever reaches the "
+                "server can run code here. Set PREFECT_SERVER_API_AUTH_STRING=user:password, or leave --host out."
+            )
+    if password:
+        os.environ.setdefault("PREFECT_API_AUTH_STRING", str(password))
+        temporary_server.refresh_settings()
 
 
-def child_environment(ports: Mapping[str, int], folder: Path) -> dict[str, str]:
+def child_environment(ports: Mapping[str, int], folder: Path, host: str = HOST) -> dict[str, str]:
     """What every child sees: this project's Prefect home and server, MLflow's place, no job runners."""
     prepare_prefect()
-    api = f"http://{HOST}:{ports['Prefect']}/api"
+    here = HOST if host == "0.0.0.0" else host
+    shown = socket.gethostname() if host == "0.0.0.0" else host
+    api_for_pages = f"http://{shown}:{ports['Prefect']}/api"
+    known = {name: value for name, value in os.environ.items() if not name.startswith("STILLHOUSE_NOTIFY_")}
     return {
-        **os.environ,
-        "PREFECT_API_URL": api,
-        "PREFECT_SERVER_UI_API_URL": api,  # without it the page calls port 4200 whatever the server's port is
-        "PREFECT_UI_API_URL": api,
+        **known,
+        "PREFECT_API_URL": f"http://{here}:{ports['Prefect']}/api",
+        "PREFECT_SERVER_UI_API_URL": api_for_pages,  # without it the page calls port 4200 whatever the server's port is
+        "PREFECT_UI_API_URL": api_for_pages,
+        "PREFECT_WORKER_QUERY_SECONDS": os.environ.get("PREFECT_WORKER_QUERY_SECONDS", "5"),
         "STILLHOUSE_MLFLOW_UI": f"http://{HOST}:{ports['MLflow']}",
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
         "PYTHONPATH": os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]),
@@ -163,12 +190,19 @@ def child_environment(ports: Mapping[str, int], folder: Path) -> dict[str, str]:
 
 
 def _start(
-    programs: list[Child], ports: Mapping[str, int], file: Path, folder: Path, console: Console, stop: threading.Event
+    programs: list[Child],
+    ports: Mapping[str, int],
+    host: str,
+    file: Path,
+    folder: Path,
+    console: Console,
+    stop: threading.Event,
 ) -> Running:
-    environment = child_environment(ports, folder)
+    environment = child_environment(ports, folder, host)
     logs = settings().home_dir / "logs"
     api = environment["PREFECT_API_URL"]
-    found = Running(f"http://{HOST}:{ports['Prefect']}", api, environment["STILLHOUSE_MLFLOW_UI"])
+    page = environment["PREFECT_UI_API_URL"].removesuffix("/api")
+    found = Running(page, api, environment["STILLHOUSE_MLFLOW_UI"])
 
     def start(name: str, command: list[str]) -> Child:
         log = logs / f"{name.lower().replace(' ', '-')}.log"
@@ -178,42 +212,39 @@ def _start(
 
     python = [sys.executable, "-m"]
     server = start(
-        "Prefect server", [*python, "prefect", "server", "start", "--host", HOST, "--port", str(ports["Prefect"])]
+        "Prefect server", [*python, *"prefect server start --host".split(), host, "--port", str(ports["Prefect"])]
     )
-    artifacts = (settings().mlruns_dir / "artifacts").as_uri()
     settings().mlruns_dir.mkdir(parents=True, exist_ok=True)
-    store = ["--backend-store-uri", settings().tracking_uri, "--default-artifact-root", artifacts]
     mlflow = None
     if not settings().tracking_uri.startswith("http"):
-        command = [
-            *python,
-            "mlflow",
-            "server",
-            *store,
-            "--host",
-            HOST,
-            "--port",
-            str(ports["MLflow"]),
-            "--workers",
-            "1",
-        ]
-        mlflow = start("MLflow UI", command)
+        artifacts = (settings().mlruns_dir / "artifacts").as_uri()
+        store = ["--backend-store-uri", settings().tracking_uri, "--default-artifact-root", artifacts]
+        place = ["--host", HOST, "--port", str(ports["MLflow"]), "--workers", "1"]
+        mlflow = start("MLflow UI", [*python, "mlflow", "server", *store, *place])
     with console.status("Starting the Prefect server"):
-        _until(lambda: _answers(f"{api}/health"), server, stop)
+        _until(lambda: answers(f"{api}/health"), server, stop)
     client = deployments.connect(api)
     deployments.prepare_pool(client)
-    settled = deployments.settle_interrupted_runs(client, reason="Its process was gone when `stillhouse up` started.")
-    for name in settled:
-        console.print(f"Flow run '{name}' had no process any more; marked as crashed. Start it again to resume.")
+    for each in _reconcile(client):
+        console.print(str(each), markup=False, highlight=False)
     with console.status("Registering the deployments"):
         register(file, folder, environment)
+        deployments.refuse_unknown_parameters(client)
+    for line in _prepare_automations(client):
+        console.print(line, markup=False, highlight=False)
     since = datetime.now(UTC)
     worker = start("Prefect worker", deployments.worker_command())
+    worker.owns_descendants = False
     with console.status("Starting the worker"):
         _until(lambda: deployments.worker_is_online(client, since=since), worker, stop)
     if mlflow is not None:
         with console.status("Starting the MLflow UI"):
-            _until(lambda: _answers(f"{found.mlflow_url}/health"), mlflow, stop)
+            _until(lambda: answers(f"{found.mlflow_url}/health"), mlflow, stop)
+    _write_state(found, programs)
+    return found
+
+
+def _write_state(found: Running, programs: list[Child]) -> None:
     program = psutil.Process()
     state = {
         "program": {"pid": program.pid, "created": program.create_time()},
@@ -223,7 +254,18 @@ def _start(
         "children": {each.name: each.identity() for each in programs},
     }
     children.write_json(state_path(), state)
-    return found
+
+
+def _reconcile(client: "SyncPrefectClient") -> "list[Settled]":
+    from flows.reconcile import reconcile
+
+    return reconcile(client, starting=True)
+
+
+def _prepare_automations(client: "SyncPrefectClient") -> list[str]:
+    if importlib.util.find_spec("flows.automations") is None:
+        return []
+    return importlib.import_module("flows.automations").prepare(client)
 
 
 def register(file: Path, folder: Path, environment: Mapping[str, str]) -> None:
@@ -260,11 +302,27 @@ def _until(ready: Callable[[], bool], program: Child, stop: threading.Event) -> 
             )
 
 
-def _watch(programs: list[Child], stop: threading.Event) -> None:
+def _watch(found: Running, programs: list[Child], console: Console, stop: threading.Event) -> None:
+    """Until ``stop``: start what dies again, and have the reconciler look around.
+
+    Raises:
+        ServerError: a program keeps dying.
+    """
+    from flows.reconcile import wait_and_reconcile
+
+    def say(text: object) -> None:
+        console.print(str(text), markup=False, highlight=False, soft_wrap=True)
+
+    threading.Thread(
+        target=wait_and_reconcile, args=(found.prefect_api, RECONCILE_SECONDS, stop, say), name="reconcile", daemon=True
+    ).start()
     while not stop.wait(1.0):
         for program in programs:
-            program.require_alive()
-            program.notice_descendants()
+            if program.exit_code is None:
+                program.notice_descendants()
+                continue
+            say(children.restart(program))
+            _write_state(found, programs)
 
 
 def _announce(found: Running, console: Console) -> None:
@@ -274,14 +332,6 @@ def _announce(found: Running, console: Console) -> None:
         "Start a run: Deployments > compress > Run, or `stillhouse compress recipes/digits.yaml` in another terminal."
     )
     console.print(f"Logs are in {settings().home_dir / 'logs'}. Ctrl-C ends everything.")
-
-
-def _answers(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(url, timeout=3) as response:
-            return response.status == 200
-    except (OSError, urllib.error.URLError, ValueError):
-        return False
 
 
 class _ending_on_signals:  # noqa: N801  (reads as what it does in a with statement)

@@ -3,16 +3,21 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from compression.errors import ArtifactError
 from compression.types import Frozen
+from tasks.owner import Owner, boot_id
 
 CHUNK = 1 << 20
+OLD_SECONDS = 7 * 24 * 3600.0
+_DRAFT = re.compile(r"\.(?P<boot>[0-9a-f-]{8})\.(?P<pid>\d+)\.(?P<created>\d+\.\d+)-")
 
 
 class Artifact(Frozen):
@@ -81,6 +86,7 @@ class Store:
         try:
             for folder in (self.objects, self.quarantined, self.partial):
                 folder.mkdir(parents=True, exist_ok=True)
+            self._sweep()
             with tempfile.TemporaryFile(dir=self.partial) as probe:
                 probe.write(b"stillhouse")
         except OSError as error:
@@ -96,6 +102,20 @@ class Store:
                 "or lower STILLHOUSE_MIN_FREE_MIB."
             )
 
+    def _sweep(self) -> None:
+        """Remove drafts of processes that were killed; those of other machines when they are old."""
+        for folder in self.partial.iterdir():
+            name = _DRAFT.search(folder.name)
+            owner = None if name is None else Owner.of(int(name["pid"]))
+            if name is not None and name["boot"] == boot_id()[:8]:
+                abandoned = owner is None or owner.created != float(name["created"])
+            else:
+                abandoned = False
+                with suppress(FileNotFoundError):  # it became an artifact in between
+                    abandoned = time.time() - folder.stat().st_mtime > OLD_SECONDS
+            if abandoned:
+                shutil.rmtree(folder, ignore_errors=True)
+
     def place(self, artifact: Artifact) -> Path:
         """Where the artifact lies, without looking at it."""
         return self.objects / artifact.sha256[:2] / artifact.sha256
@@ -104,7 +124,9 @@ class Store:
     def put(self, kind: str) -> Iterator["Draft"]:
         """Give a scratch folder; when the block ends well its content becomes ``draft.artifact``."""
         self.partial.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(dir=self.partial, prefix=f"{kind}-"))
+        me = Owner.me()
+        mark = f"{kind}.{me.boot_id[:8]}.{me.pid}.{me.created}-"
+        folder = Path(tempfile.mkdtemp(dir=self.partial, prefix=mark))
         draft = Draft(folder)
         try:
             yield draft

@@ -8,12 +8,14 @@ from compression.data import open_dataset
 from compression.distill import DistillConfig, distill
 from compression.metrics import evaluate
 from compression.teacher_outputs import StoredOutputs
+from tasks.devices import hardware, on_devices
 from tasks.progress import step_reporter
 from tasks.stage import StageOutput, StageResult, Work, stage
 from tasks.teachers import TRAINING_CODE, model_metrics
 
 
 @stage("distill", code=(*TRAINING_CODE, "compression.distill", "compression.teacher_outputs"), tags=("training",))
+@on_devices
 def distill_student(
     work: Work,
     *,
@@ -43,6 +45,7 @@ def distill_student(
         seed=seed,
         augment=augment,
         teachers=[load_checkpoint(work.open(result))[0] for result in teachers.values()],
+        hardware=hardware(),
         checkpoint_dir=work.scratch,
         on_step=step_reporter(work.report, f"training {name}"),
     )

@@ -102,6 +102,7 @@ def evaluate_files(
         correct = {file: (values.argmax(dim=1) == labels).numpy() for file, values in logits.items()}
         for file, bits in correct.items():
             np.save(draft.folder / f"{file}.correct.npy", bits)
+            np.save(draft.folder / f"{file}.answers.npy", logits[file].argmax(dim=1).numpy())
         for file in ("evaluation.json", "ladder.json", "layer_diff.csv"):
             work.run.log_file(draft.folder / file)
     flat = {

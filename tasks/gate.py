@@ -3,7 +3,6 @@
 import importlib.metadata
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,7 @@ from compression.data import open_dataset
 from compression.statistics import accuracy_drop, mcnemar
 from export.diagnosis import DiagnosisReport
 from export.evidence import Evidence, latency_facts, worst_class_drop
-from export.gate import Policy, decide
+from export.gate import TOO_GOOD, Policy, decide
 from export.latency import BenchmarkResult
 from export.profiles import Form, forms_of, runs_here
 from export.runtime import cpu_features
@@ -153,24 +152,102 @@ def _evidence(
     )
 
 
-@stage("register", libraries=("mlflow",))
+def can_register(verdict: Mapping[str, Any]) -> bool:
+    """Whether a file goes to the registry: it was accepted, or it is merely too good, which a person may settle."""
+    return (
+        verdict.get("outcome") in ("accept", "anomalous") and _shipped(RunVerdict.model_validate(verdict)) is not None
+    )
+
+
+def _shipped(decided: RunVerdict) -> Verdict | None:
+    """The verdict on the file that is registered."""
+    if decided.outcome == "accept":
+        return next((item for item in decided.targets.values() if item.ships), None)
+    for item in decided.targets.values():
+        broken = {check.name for check in item.checks if check.outcome in ("fail", "inconclusive")}
+        if item.ran and broken == {TOO_GOOD}:
+            return item
+    return None
+
+
+@stage("register", code=("export.latency", "export.verdict"), libraries=("mlflow",))
 def register(
-    work: Work, *, name: str, verdict: StageResult, files: Mapping[str, StageResult], lineage: str
+    work: Work,
+    *,
+    name: str,
+    verdict: StageResult,
+    targets: Sequence[AnyTarget],
+    files: Mapping[str, StageResult],
+    data: StageResult,
+    evaluation: StageResult,
+    benchmark: StageResult,
+    lineage: str,
 ) -> StageOutput:
-    """Make the shipped file a new version of the registered model, with alias ``candidate``."""
+    """Make the file that ships a version of the registered model; an accepted one gets the alias ``candidate``.
+
+    Its tags say what was measured, so that it can be compared with the champion, whatever became of this run.
+    """
     decided = RunVerdict.model_validate(verdict.info)
-    target, shipped = next((key, item.ships) for key, item in decided.targets.items() if item.ships)
-    path: Path = work.open(files[shipped]) / "model.onnx"
+    judged = _shipped(decided)
+    if judged is None:
+        raise ValueError(f"Verdict '{decided.outcome}' has no file to register.")
+    file = judged.ships or judged.candidate
+    alias = "candidate" if decided.outcome == "accept" else None
+    target = next(target for target in targets if target.name == judged.target)
     requirements = [f"{package}=={importlib.metadata.version(package)}" for package in ("onnx", "onnxruntime-gpu")]
+    evidence = {
+        "target": judged.target,
+        "verdict": decided.outcome,
+        "verdict_because": "" if decided.outcome == "accept" else judged.reasons[0],
+        **_facts(work, file, target, files, data, evaluation, benchmark),
+    }
     version = tracking.register_model(
         name=name,
-        onnx_path=path,
+        onnx_path=work.open(files[file]) / "model.onnx",
         run=work.run,
-        alias="candidate",
-        tags={"target": target, "file": shipped, "sha256": files[shipped].info["sha256"], "lineage": lineage},
+        alias=alias,
+        tags={
+            "file": file,
+            "sha256": files[file].info["sha256"],
+            "lineage": lineage,
+            "mlflow_run": tracking.parent_of(work.run.id) or work.run.id,
+            **{key: value if isinstance(value, str) else json.dumps(value) for key, value in evidence.items()},
+        },
         requirements=requirements,
     )
-    facts = {"model": name, "version": version, "alias": "candidate", "file": shipped}
+    facts = {"model": name, "version": version, "alias": alias or "none", "file": file}
     with work.store.put("registration") as draft:
         (draft.folder / "registration.json").write_text(json.dumps(facts, sort_keys=True))
     return StageOutput(artifact=draft.done(), info=facts)
+
+
+def _facts(
+    work: Work,
+    file: str,
+    target: AnyTarget,
+    files: Mapping[str, StageResult],
+    data: StageResult,
+    evaluation: StageResult,
+    benchmark: StageResult,
+) -> dict[str, Any]:
+    """What is measured of a file, by the names of ``export.promotion.VersionFacts``."""
+    metrics = json.loads((work.open(evaluation) / "evaluation.json").read_text())["metrics"]
+    timing = BenchmarkResult.model_validate_json((work.open(benchmark) / "latency.json").read_text())
+    batch = target.batch_sizes[0] if isinstance(target, OnnxRuntimeTarget) else 1
+    row, reference = timing.row(file, batch), timing.row(timing.reference, batch)
+    machine = timing.environment
+    return {
+        "precision": files[file].info["form"],
+        "accuracy": metrics[file]["accuracy"],
+        "float_accuracy": metrics.get(f"{file.partition('.')[0]}.float32", {}).get("accuracy"),
+        "ece": metrics[file]["ece"],
+        "num_samples": metrics[file]["num_samples"],
+        "size_bytes": row.size_bytes,
+        "latency_p50_ms": row.latency_p50_ms,
+        "latency_ratio": [row.ratio_to_reference, row.ratio_low, row.ratio_high],
+        "latency_noise_floor": timing.noise_floor(batch),
+        "yardstick": f"{timing.reference} of {round(reference.size_bytes / 1024)} KiB, batch {batch}, "
+        f"{machine.get('threads')} threads, onnxruntime {machine.get('onnxruntime')}, {machine.get('cpu')}",
+        "data": data.artifact.sha256,
+        "evaluation": evaluation.artifact.sha256,
+    }

@@ -10,6 +10,7 @@ from compression.data import open_dataset
 from compression.distill import DistillConfig
 from compression.quantize import AnyQuantizer, QuantizedStudent, quantize, save_quantized
 from compression.teacher_outputs import StoredOutputs
+from tasks.devices import hardware
 from tasks.progress import step_reporter
 from tasks.sensitivity import open_table
 from tasks.stage import StageOutput, StageResult, Work, stage
@@ -53,6 +54,7 @@ def quantize_student(
         checkpoint_dir=work.scratch,
         sensitivity=None if sensitivity is None else open_table(work.open(sensitivity)),
         on_step=step_reporter(work.report, f"quantizing {name}"),
+        hardware=hardware(),
     )
     with work.store.put("quantized") as draft:
         for file in ("spec.json", "weights.safetensors"):

@@ -13,15 +13,21 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from pydantic import TypeAdapter
+
 from export.comparison import COLUMNS, pareto_flags, read_comparison, write_comparison
 from export.latency import BenchmarkResult
+from export.profiles import forms_of, runs_here
 from export.report.page import build_report
 from export.runtime import cpu_features
+from export.targets import AnyTarget, OnnxRuntimeTarget
 from export.temperature import temperature_of
 from export.verdict import RunVerdict
 from tasks import tracking
 from tasks.artifacts import Store
+from tasks.candidates import champion_facts, log_rows
 from tasks.export import write_target
+from tasks.model_card import write_card
 from tasks.settings import SOURCE_ROOT, settings
 from tasks.stage import StageResult
 
@@ -74,6 +80,7 @@ def write_run_folder(
     name = str(recipe["name"])
     stamp = dt.datetime.now(dt.UTC).strftime("%Y%m%dT%H%M%SZ")
     folder = settings().runs_dir / name / f"{stamp}-{parent.id[:8]}"
+    _clear_unfinished(folder.parent, parent)
     folder.mkdir(parents=True, exist_ok=True)
     facts = json.loads((store.open(outcome.evaluation.artifact) / "evaluation.json").read_text())
     timing = BenchmarkResult.model_validate_json((store.open(outcome.benchmark.artifact) / "latency.json").read_text())
@@ -107,13 +114,19 @@ def write_run_folder(
     _write_parity(folder / "parity.csv", facts["parity"])
     rows = comparison_rows(recipe, outcome, facts, timing, verdict)
     write_comparison(rows, folder / "comparison.csv")
+    _write_json(folder / "data.json", {"sha256": outcome.data.artifact.sha256, **outcome.data.info})
+    if champion := champion_facts(name):
+        _write_json(folder / "champion.json", champion)
     _write_teachers(folder / "teachers.csv", recipe, outcome, facts, timing)
     _write_exports(folder / "export", recipe, outcome, verdict, store)
     build_report(folder)
+    if verdict.outcome == "accept":
+        write_card(folder, outcome.registered.info if outcome.registered else {})
 
     for path in sorted(folder.iterdir()):
         if path.is_file() and path.name != "latency_raw.csv":
             parent.log_file(path)
+    log_rows(parent, rows)
     parent.log_metrics(_headline(rows, verdict))
     parent.tag({"verdict": verdict.outcome, "run_folder": str(folder)})
     return {
@@ -128,6 +141,13 @@ def write_run_folder(
         "mlflow_run": parent.id,
         "mlflow_url": parent.url,
     }
+
+
+def _clear_unfinished(folder: Path, parent: tracking.Run) -> None:
+    """Remove what this run had begun to write when it was killed."""
+    for begun in folder.glob(f"*-{parent.id[:8]}"):
+        if not (begun / "summary.json").is_file():
+            shutil.rmtree(begun, ignore_errors=True)
 
 
 def _layers(folder: Path, outcome: OutcomeLike, store: Store) -> dict[str, Any]:
@@ -191,6 +211,7 @@ def comparison_rows(
             "delta_teacher": metrics["accuracy"] - facts["metrics"][best]["accuracy"],
             "params": model.metrics.get("params"),
             "macs": model.metrics.get("macs"),
+            "target": ", ".join(_targets(recipe, role, form)) or None,
             "precision": "int8" if form.startswith("int8") else form,
             "size_bytes": result.metrics["size_bytes"],
             **{key: result.metrics[key] for key in SPARSE_FACTS if key in result.metrics},
@@ -243,6 +264,7 @@ def comparison_rows(
             {
                 "id": engine,
                 "role": "engine",
+                "target": verdict.targets[engine].target if engine in verdict.targets else None,
                 "precision": result.info.get("precision"),
                 "recipe": recipe["name"],
                 "size_bytes": result.metrics["size_bytes"],
@@ -252,6 +274,17 @@ def comparison_rows(
             }
         )
     return rows
+
+
+def _targets(recipe: Mapping[str, Any], role: str, form: str) -> list[str]:
+    """The targets a file was measured on, as those of this CPU are, or built for."""
+    known = [TypeAdapter[AnyTarget](AnyTarget).validate_python(target) for target in recipe["targets"]]
+    cpus = [target for target in known if isinstance(target, OnnxRuntimeTarget)]
+    return [
+        target.name
+        for target in cpus
+        if (form in forms_of(target) if role == "student" and form != "int8-ptq" else runs_here(target))
+    ]
 
 
 def _origin(base: str, outcome: OutcomeLike) -> tuple[str, StageResult, float]:
@@ -296,10 +329,14 @@ def _lineage_row(result: StageResult) -> dict[str, Any]:
         "key": result.key,
         "cached": result.cached,
         "seconds": round(result.seconds, 3),
+        "cpu_seconds": None if result.cpu_seconds is None else round(result.cpu_seconds, 3),
+        "energy_j": result.energy_j,
+        "made_of": result.made_of,
         "inputs": list(result.inputs),
         "output": result.artifact.sha256,
         "size_bytes": result.artifact.size_bytes,
         "mlflow_run_id": result.run_id,
+        "parent_run": result.parent_run,
         "metrics": result.metrics,
     }
 

@@ -27,6 +27,7 @@ from export.latency_model import NETS, FittedLatency, build_latency_model
 from export.onnx_graph import to_onnx
 from export.timing import latency_beside, latency_p50_ms
 from tasks import tracking
+from tasks.devices import hardware
 from tasks.progress import Report
 from tasks.sensitivity import open_table
 from tasks.settings import settings
@@ -134,6 +135,7 @@ def search(
             checkpoint_dir=checkpoints,
             on_epoch=lambda row: on_epoch(float(row["validation_accuracy"])),
             on_step=lambda done, total: work.report(f"trial {number + 1}", done, total),
+            hardware=hardware(),
         )
         found = evaluate(model, dataset.validation, dataset.preprocessing)
         return Score(found.accuracy, found.ece)
@@ -147,6 +149,7 @@ def search(
             config=distillation.plain(train),
             seed=seed,
             augment=augment,
+            hardware=hardware(),
             checkpoint_dir=checkpoints,
             on_step=lambda done, total: work.report(f"training {checkpoints.name}", done, total),
         )
@@ -161,7 +164,8 @@ def search(
         measured += ("macs", "params", "score", "seconds", "cpu_seconds")
         metrics = {key: float(getattr(row, key)) for key in measured if getattr(row, key) is not None}
         facts = {"space": row.space, **row.choices, "state": row.state, "reason": row.reason}
-        tracking.log_candidate(work.run, f"trial-{row.number}", params=facts, metrics=metrics)
+        curve = [{"epoch": epoch, "validation_accuracy": value} for epoch, value in enumerate(row.curve)]
+        tracking.log_candidate(work.run, f"trial-{row.number}", params=facts, metrics=metrics, series=curve)
 
     predictor = None
     if config.wants_latency_model:

@@ -4,6 +4,7 @@ import contextlib
 import os
 from functools import cache
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -39,6 +40,20 @@ class Settings(BaseSettings):
     latency_networks: int = Field(default=0, ge=0)
     """Networks that the latency model of this machine is fitted to, 0 for the usual 96; fewer are sooner measured and
     predict worse."""
+    fan_out: Literal["none", "processes", "dask", "ray"] = "none"
+    """Who does independent teachers and finalists ahead of the story: nobody, local processes, or a cluster."""
+    workers: int = Field(default=2, gt=0)
+    """Workers of a fan-out on this machine; each takes its share of the cores."""
+    dask_scheduler: str = ""
+    """Address of a Dask scheduler, say ``tcp://host:8786``; empty starts a cluster of processes here."""
+    ray_address: str = ""
+    """Address of a Ray cluster; empty starts one here."""
+    devices: int = Field(default=1, gt=0)
+    """Processes, one for each device, that train one teacher or student together."""
+    accelerator: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """What teachers and students are trained on; ``auto`` takes a GPU when there is one."""
+    restarts: int = Field(default=2, ge=0)
+    """How often the reconciler starts a crashed flow run of compress or nightly again."""
     min_free_mib: int = Field(default=512, ge=0)
     """Refuse to start with less free disk than this under ``home``."""
 
@@ -70,10 +85,14 @@ def settings() -> Settings:
 
 
 def prepare_prefect() -> None:
-    """Set Prefect's environment before it is imported: project-local home, patient temporary server, no telemetry."""
+    """Set Prefect's environment before it is imported: own home, patient clients, no pickles, no telemetry."""
     defaults = {
         "PREFECT_HOME": str(settings().home_dir / "prefect"),
         "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
+        "PREFECT_CLIENT_MAX_RETRIES": "8",  # 2 + 4 + ... + 256 s: a server may be away for minutes
+        "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
+        "PREFECT_RESULTS_PERSIST_BY_DEFAULT": "false",
+        "PREFECT_RESULTS_DEFAULT_SERIALIZER": "json",
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "DO_NOT_TRACK": "1",
         "PREFECT_LOGGING_EXTRA_LOGGERS": "compression,export,tasks",
@@ -83,4 +102,6 @@ def prepare_prefect() -> None:
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
     with contextlib.suppress(OSError):  # an unwritable home gets its own error from the store
+        if not settings().home_dir.exists():  # databases and logs are only for who runs it
+            settings().home_dir.mkdir(parents=True, mode=0o700)
         Path(os.environ["PREFECT_HOME"]).mkdir(parents=True, exist_ok=True)

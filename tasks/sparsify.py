@@ -9,6 +9,7 @@ from compression.distill import DistillConfig
 from compression.metrics import evaluate
 from compression.sparsify import AnySparsifier, share_of_zeros, sparsify
 from compression.teacher_outputs import StoredOutputs
+from tasks.devices import hardware
 from tasks.progress import step_reporter
 from tasks.stage import StageOutput, StageResult, Work, stage
 from tasks.teachers import TRAINING_CODE, model_metrics
@@ -46,6 +47,7 @@ def sparsify_student(
         augment=augment,
         checkpoint_dir=work.scratch,
         on_step=step_reporter(work.report, f"sparsifying {name}"),
+        hardware=hardware(),
     )
     with work.store.put("checkpoint") as draft:
         save_checkpoint(model, spec, draft.folder)

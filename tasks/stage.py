@@ -29,6 +29,7 @@ from pydantic import BaseModel, ValidationError
 from compression.types import Frozen
 from tasks import tracking
 from tasks.artifacts import Artifact, Store, write_durably
+from tasks.cost import Meter
 from tasks.settings import settings
 
 logger = logging.getLogger(__name__)
@@ -50,9 +51,24 @@ class StageResult(Frozen):
     inputs: tuple[str, ...] = ()
     """Digests of the artifacts that went in."""
     seconds: float = 0.0
+    cpu_seconds: float | None = None
+    """Of this process and its children; None: not measured."""
+    energy_j: float | None = None
+    """Of the machine's processor packages while the stage ran; None: not measured."""
+    made_of: dict[str, Any] = {}
+    """Why a result may differ from another: ``code`` and ``config`` (all inputs that are no artifacts) as digests,
+    ``libraries`` by version."""
     run_id: str = ""
     """MLflow run that did the work."""
+    parent_run: str = ""
+    """MLflow run of the recipe that did the work."""
     cached: bool = False
+
+    @property
+    def cost(self) -> dict[str, float]:
+        """What was measured of the work, as MLflow metrics."""
+        found = {"stage_seconds": self.seconds, "cpu_seconds": self.cpu_seconds, "energy_j": self.energy_j}
+        return {name: value for name, value in found.items() if value is not None}
 
     @property
     def is_pending(self) -> bool:
@@ -111,11 +127,30 @@ class Stage:
         payload = {
             "stage": self.name,
             "name": name,
-            "code": code_digest((self.fn.__module__, *self.code)),
-            "libraries": {library: importlib.metadata.version(library) for library in self.libraries},
+            "code": self.code_digest,
+            "libraries": self.library_versions,
             "inputs": _canonical(dict(inputs)),
         }
-        return hashlib.sha256(json.dumps(payload, sort_keys=True).encode()).hexdigest()
+        return _digest(payload)
+
+    @property
+    def code_digest(self) -> str:
+        """Of the code that the result depends on."""
+        return code_digest((self.fn.__module__, *self.code))
+
+    @property
+    def library_versions(self) -> dict[str, str]:
+        """Of the libraries that the result depends on."""
+        return {library: importlib.metadata.version(library) for library in self.libraries}
+
+    def made_of(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """What the result depends on besides artifacts, part by part."""
+        config = {field: value for field, value in inputs.items() if not list(results_in(value))}
+        return {
+            "code": self.code_digest,
+            "libraries": self.library_versions,
+            "config": _digest(_canonical(config)),
+        }
 
 
 def stage(
@@ -159,6 +194,10 @@ def code_of(source: str) -> str:
 
 def _is_text(node: ast.stmt) -> bool:
     return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def _canonical(value: Any) -> Any:
@@ -280,7 +319,8 @@ class DirectRunner:
     parent_run: tracking.Run
     report: Callable[[str, int, int], None] = lambda text, done, total: None
     force_from: str | None = None
-    """Stage name from which on kept results are not used."""
+    """Stage name from which on kept results are not used, but for those that this parent run made before it was
+    interrupted."""
 
     def __post_init__(self) -> None:
         self.results: list[StageResult] = []
@@ -297,21 +337,23 @@ class DirectRunner:
         key = stage.key(name, inputs)
         self._forcing = self._forcing or stage.name == self.force_from
         with stage_lock(key, f"{stage.name} '{name}'"):
-            kept = None if self._forcing else self.index.get(key)
-            if kept is not None:
+            kept = self.index.get(key)
+            if kept is not None and (not self._forcing or kept.parent_run == self.parent_run.id):
                 tracking.log_cached_stage(self.parent_run, kept)
+                shutil.rmtree(_scratch(key), ignore_errors=True)  # of a process killed when it had just kept it
                 return kept
             return self._fresh(stage, name, key, inputs)
 
     def _fresh(self, stage: Stage, name: str, key: str, inputs: Mapping[str, Any]) -> StageResult:
-        scratch = settings().home_dir / "scratch" / key
+        scratch = _scratch(key)
         scratch.mkdir(parents=True, exist_ok=True)
         started = time.monotonic()
         params = {field: value for field, value in inputs.items() if not list(results_in(value))}
         with tracking.stage_run(self.parent_run, stage=stage.name, name=name, key=key, params=params) as run:
             work = Work(store=self.index.store, run=run, scratch=scratch, report=self.report)
             try:
-                output = stage.fn(work, name=name, **inputs)
+                with Meter() as meter:
+                    output = stage.fn(work, name=name, **inputs)
             except Exception as error:
                 error.add_note(
                     f"Stage '{stage.name}' of '{name}' failed. Finished stages are kept; run again to resume."
@@ -326,12 +368,20 @@ class DirectRunner:
                 info=output.info,
                 inputs=tuple(sorted({item.artifact.sha256 for item in results_in(inputs)})),
                 seconds=time.monotonic() - started,
+                cpu_seconds=meter.cpu_seconds,
+                energy_j=meter.energy_j,
+                made_of=stage.made_of(inputs),
                 run_id=run.id,
+                parent_run=self.parent_run.id,
             )
-            run.log_metrics({**result.metrics, "stage_seconds": result.seconds})
-        self.index.keep(result)
+            self.index.keep(result)
+            run.log_metrics({**result.metrics, **result.cost})
         shutil.rmtree(scratch, ignore_errors=True)
         return result
+
+
+def _scratch(key: str) -> Path:
+    return settings().home_dir / "scratch" / key
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from compression.profile import macs, params, state_bytes
 from compression.select import SelectConfig, rank_teachers
 from compression.teacher_outputs import OutputsSpec, StoredOutputs, write_given_outputs, write_teacher_outputs
 from compression.teachers import FromOutputs, Teacher, obtain_teacher
+from tasks.devices import hardware, on_devices
 from tasks.progress import step_reporter
 from tasks.stage import StageOutput, StageResult, Work, stage
 
@@ -26,6 +27,7 @@ TRAINING_CODE = (*MODEL_CODE, "compression.train", "compression.augment", "compr
 
 
 @stage("teacher", code=(*TRAINING_CODE, "compression.teachers"), libraries=("torch", "timm"), tags=("training",))
+@on_devices
 def make_teacher(
     work: Work,
     *,
@@ -45,6 +47,7 @@ def make_teacher(
         dataset,
         seed=seed,
         augment=augment,
+        hardware=hardware(),
         checkpoint_dir=work.scratch,
         on_step=step_reporter(work.report, f"training teacher {name}"),
     )

@@ -17,7 +17,7 @@ from compression.quantize.control import AccuracyControl
 from compression.quantize.number_format import NumberFormat
 from compression.quantize.prepared import FakeQuantized, prepare_qat
 from compression.sparsify.nm import apply_masks, masks_of_zeros
-from compression.train import History, StepFn, TrainConfig, fit
+from compression.train import Hardware, History, StepFn, TrainConfig, fit
 
 
 class Qat(NumberFormat):
@@ -112,6 +112,7 @@ def qat(
     checkpoint_dir: Path | None = None,
     on_epoch: Callable[[dict[str, float]], None] | None = None,
     on_step: Callable[[int, int], None] | None = None,
+    hardware: Hardware | None = None,
 ) -> tuple[FakeQuantized, History]:
     """The fine-tuned fake-quantized model, in eval mode, and its learning curve; the student stays as it is.
 
@@ -132,6 +133,7 @@ def qat(
         checkpoint_dir: As for ``fit``.
         on_epoch: As for ``fit``.
         on_step: As for ``fit``.
+        hardware: As for ``fit``.
 
     Raises:
         CompressionError: the model can't be captured, has nothing to quantize, or its loss is not finite.
@@ -167,6 +169,7 @@ def qat(
         checkpoint_dir=checkpoint_dir,
         on_epoch=on_epoch,
         on_step=freeze_then_report,
+        hardware=hardware,
         set_training=lambda module, mode: module.train(mode),
     )
     prepared.to(memory_format=torch.contiguous_format)  # pyright: ignore[reportCallIssue]

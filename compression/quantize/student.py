@@ -23,7 +23,7 @@ from compression.quantize.ptq import Ptq, ptq
 from compression.quantize.qat import Qat, qat
 from compression.quantize.sensitivity import Sensitivity
 from compression.quantize.sensitivity import sensitivity as measure
-from compression.train import History
+from compression.train import Hardware, History
 
 if TYPE_CHECKING:
     from compression.teacher_outputs import StoredOutputs
@@ -77,6 +77,7 @@ def quantize(
     on_epoch: Callable[[dict[str, float]], None] | None = None,
     on_step: Callable[[int, int], None] | None = None,
     sensitivity: Sensitivity | None = None,
+    hardware: Hardware | None = None,
 ) -> QuantizedStudent:
     """Quantize a student; by training, the panel and its own float form teach it.
 
@@ -102,6 +103,7 @@ def quantize(
             checkpoint_dir=checkpoint_dir,
             on_epoch=on_epoch,
             on_step=on_step,
+            hardware=hardware,
         )
     reverted = None
     if config.control is not None:
@@ -124,6 +126,7 @@ def _trained(
     checkpoint_dir: Path | None,
     on_epoch: Callable[[dict[str, float]], None] | None,
     on_step: Callable[[int, int], None] | None,
+    hardware: Hardware | None,
 ) -> tuple[FakeQuantized, History]:
     losses = config.losses_for(distillation)
     check_panel(panel, dataset, distillation.model_copy(update={"losses": losses}), augment)
@@ -148,6 +151,7 @@ def _trained(
         checkpoint_dir=checkpoint_dir,
         on_epoch=on_epoch,
         on_step=on_step,
+        hardware=hardware,
     )
 
 

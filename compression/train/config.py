@@ -43,19 +43,21 @@ class Hardware(Frozen):
     accelerator: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """``auto`` takes a GPU when there is one."""
     devices: Annotated[int, Field(gt=0)] = 1
-    """Devices per node; start the program with torchrun when there is more than one."""
+    """Devices per node, each with a process of its own that :mod:`compression.train.launcher` or torchrun starts."""
     num_nodes: Annotated[int, Field(gt=0)] = 1
     """Machines that train together; start the program with torchrun on each."""
 
     def fabric(self, precision: Precision) -> Fabric:
         """Return the launched Lightning Fabric that owns device, precision and gradient exchange."""
         from lightning_fabric import Fabric
+        from lightning_fabric.strategies.ddp import DDPStrategy
 
+        several = self.devices * self.num_nodes > 1
         fabric = Fabric(
             accelerator=self.accelerator,
             devices=self.devices,
             num_nodes=self.num_nodes,
-            strategy="ddp" if self.devices * self.num_nodes > 1 else "auto",
+            strategy=DDPStrategy(forward_sync_buffers=False) if several else "auto",  # see ranks.agree_on_buffers
             precision=precision,
         )
         fabric.launch()

@@ -1,7 +1,7 @@
 """The training loop: one cycle of AdamW on any step function, resumable at every step.
 
-With one device and one thread, a training that was killed and started again ends with the same bits as one
-that was not.
+With one device (and on the CPU one thread), a training that was killed and started again ends with the same bits as
+one that was not.
 """
 
 import hashlib
@@ -25,7 +25,18 @@ from compression.errors import CompressionError
 from compression.metrics import predict
 from compression.train.batches import Batches, Sampler
 from compression.train.config import Hardware, TrainConfig
+from compression.train.determinism import deterministic
 from compression.train.divergence import divergence
+from compression.train.interruption import Interruption
+from compression.train.ranks import (
+    agree_on_buffers,
+    average_gradients,
+    first_decides,
+    mean_of,
+    refuse_for_ranks,
+    synchronised,
+)
+from compression.train.saving import Saving
 from compression.train.step_checkpoint import load_state, save_state
 from compression.types import Batch
 
@@ -101,7 +112,8 @@ def fit(
         augment_seed: of the views; ``seed`` when None.
         hardware: device; a GPU when there is one, by default. The model ends on the device it came from.
         checkpoint_dir: the newest two training states are kept here and a later call goes on from them; the
-            caller removes the folder.
+            caller removes the folder. One is written every ``config.checkpoint_every_steps`` steps, every few seconds,
+            and when the process is asked to end (SIGTERM, Ctrl-C).
         on_epoch: gets each new row of the history.
         on_step: gets (steps done, steps in all) after each step, and before that step's state is saved.
         set_training: ``(model, mode)`` switches between training and inference.
@@ -134,30 +146,32 @@ def fit(
         world_size=fabric.world_size,
         sampler=sampler,
     )
+    refuse_for_ranks(fabric.world_size, self_trained=self_trained, has_backward=backward is not None)
     cuda = [fabric.device] if fabric.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=cuda):
+    with torch.random.fork_rng(devices=cuda), deterministic(fabric.device):
         torch.manual_seed(seed + fabric.global_rank)
-        training = _Training(
-            model,
-            step,
-            dataset,
-            config,
-            batches,
-            fabric,
-            helpers=helpers or nn.Module(),
-            self_trained=self_trained,
-            backward=backward or _backward_of_sum,
-            set_training=set_training,
-        )
         try:
-            history = training.run(
-                checkpoint_dir,
-                on_epoch_start=on_epoch_start,
-                on_epoch=on_epoch,
-                on_step=on_step,
-                on_validation=on_validation,
-                should_stop=should_stop,
-            )
+            with synchronised(fabric.to_device(model), fabric):
+                training = _Training(
+                    model,
+                    step,
+                    dataset,
+                    config,
+                    batches,
+                    fabric,
+                    helpers=helpers or nn.Module(),
+                    self_trained=self_trained,
+                    backward=backward or _backward_of_sum,
+                    set_training=set_training,
+                )
+                history = training.run(
+                    checkpoint_dir,
+                    on_epoch_start=on_epoch_start,
+                    on_epoch=on_epoch,
+                    on_step=on_step,
+                    on_validation=on_validation,
+                    should_stop=should_stop,
+                )
         finally:
             model.zero_grad(set_to_none=True)
             model.to(home)
@@ -209,6 +223,7 @@ class _Training:
             lr=config.learning_rate,
             fused=fabric.device.type in ("cpu", "cuda"),
         )
+        self.helpers_own = [p for p in self.helpers.parameters() if p.requires_grad and id(p) not in left_alone]
         self.scheduler = one_cycle(self.optimizer, config, self.total_steps)
         self.wrapped, self.stepper = fabric.setup(model, self.optimizer)
         self.epoch = self.step_in_epoch = 0
@@ -227,27 +242,55 @@ class _Training:
         should_stop: ShouldStop | None,
     ) -> History:
         """Train to the end, from the newest checkpoint when there is one."""
-        per_epoch, every = self.batches.steps_per_epoch, self.config.checkpoint_every_steps
         if checkpoint_dir is not None:
             self.restore(checkpoint_dir)
-        while self.epoch < self.config.epochs and not self.stopped(should_stop):
-            started = time.perf_counter() - self.elapsed
-            if on_epoch_start is not None and self.step_in_epoch == 0:
-                on_epoch_start(self.epoch, self.model)
-            self.set_training(self.model, True)
-            for batch in self.batches.epoch(self.epoch, self.step_in_epoch):
-                self.learn(batch)
-                self.step_in_epoch = batch.step + 1
-                self.elapsed = time.perf_counter() - started
-                done = self.epoch * per_epoch + self.step_in_epoch
-                if on_step is not None:
-                    on_step(done, self.total_steps)
-                if checkpoint_dir is not None and (done % every == 0 or done == self.total_steps):
-                    self.save(checkpoint_dir, done)
-            row = self.finish_epoch(started, on_validation)
-            if on_epoch is not None:
-                on_epoch(row)
+        saving = Saving(self, checkpoint_dir)
+        with Interruption() as interruption:
+            try:
+                while self.epoch < self.config.epochs and not self.stopped(should_stop):
+                    self.train_epoch(interruption, saving, on_epoch_start, on_epoch, on_step, on_validation)
+            except BaseException as error:
+                if not isinstance(error, Exception) and interruption.is_whole:
+                    saving.at_the_end()
+                raise
         return self.history
+
+    def train_epoch(
+        self,
+        interruption: Interruption,
+        saving: Saving,
+        on_epoch_start: OnEpochStart | None,
+        on_epoch: Callable[[Row], None] | None,
+        on_step: Callable[[int, int], None] | None,
+        on_validation: OnValidation | None,
+    ) -> None:
+        """The rest of an epoch, from its first step or the one that was restored."""
+        started = time.perf_counter() - self.elapsed
+        if on_epoch_start is not None and self.step_in_epoch == 0:
+            interruption.begin()  # and whole again after the first step: it must not be called twice
+            on_epoch_start(self.epoch, self.model)
+        self.set_training(self.model, True)
+        for batch in self.batches.epoch(self.epoch, self.step_in_epoch):
+            interruption.begin()
+            self.learn(batch)
+            self.step_in_epoch = batch.step + 1
+            self.elapsed = time.perf_counter() - started
+            if on_step is not None:
+                on_step(self.steps_done, self.total_steps)
+            interruption.end()
+            saving.after_step()
+        agree_on_buffers(self.model, self.helpers, self.fabric)
+        logits, accuracy, nll = self.validate()
+        interruption.begin()
+        row = self.finish_epoch(started, logits, accuracy, nll, on_validation)
+        if on_epoch is not None:
+            on_epoch(row)
+        interruption.end()
+
+    @property
+    def steps_done(self) -> int:
+        """Optimiser steps so far."""
+        return self.epoch * self.batches.steps_per_epoch + self.step_in_epoch
 
     def learn(self, batch: Batch) -> None:
         """One optimiser step."""
@@ -261,8 +304,10 @@ class _Training:
         values = torch.stack([term.detach().float() for term in scalars]).tolist()
         if not all(map(math.isfinite, values)):
             raise divergence(self.model, batch, dict(zip(terms, values, strict=True)), set_training=self.set_training)
+        values = mean_of(torch.tensor(values, dtype=torch.float64), self.fabric).tolist()
         self.optimizer.zero_grad(set_to_none=True)
         self.backward(terms, self.fabric.backward)
+        average_gradients(self.helpers_own, self.fabric)
         self.stepper.step()
         self.scheduler.step()
         for name, value in zip(terms, values, strict=True):
@@ -272,16 +317,14 @@ class _Training:
         """Whether the rows so far end the training; the first rank decides for all."""
         if should_stop is None or not self.history.rows:
             return False
-        stop = should_stop(self.history.rows)
-        return bool(self.fabric.broadcast(stop)) if self.batches.world_size > 1 else stop
+        return first_decides(should_stop(self.history.rows), self.fabric)
 
-    def finish_epoch(self, started: float, on_validation: OnValidation | None) -> Row:
-        """Measure the validation split, add the epoch's row, and move to the next epoch."""
-        logits, accuracy, nll = self.validate()
+    def finish_epoch(
+        self, started: float, logits: Tensor, accuracy: float, nll: float, on_validation: OnValidation | None
+    ) -> Row:
+        """Add the epoch's row, and move to the next epoch."""
         steps = self.batches.steps_per_epoch
         means = torch.tensor([total / steps for total in self.sums.values()], dtype=torch.float64)
-        if self.batches.world_size > 1:
-            means = self.fabric.all_reduce(means.to(self.fabric.device), reduce_op="mean").cpu()
         row: Row = {
             "epoch": self.epoch,
             "loss": float(means.sum()),
@@ -339,7 +382,7 @@ class _Training:
         }
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
-    def save(self, folder: Path, done: int) -> None:
+    def save(self, folder: Path) -> None:
         """Write everything that :meth:`restore` needs."""
         if not self.fabric.is_global_zero:
             return
@@ -358,7 +401,7 @@ class _Training:
             "elapsed": self.elapsed,
             "rows": self.history.rows,
         }
-        save_state(state, folder, step=done)
+        save_state(state, folder, step=self.steps_done)
 
     def restore(self, folder: Path) -> None:
         """Go back to the newest whole state in ``folder``; nothing happens when there is none."""
@@ -375,10 +418,14 @@ class _Training:
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         self.fabric.strategy.precision.load_state_dict(state["precision"])
-        torch.set_rng_state(state["cpu_rng"])
-        if self._on_cuda and state["cuda_rng"] is not None:
-            torch.cuda.set_rng_state(state["cuda_rng"], self.fabric.device)
         self.epoch, self.step_in_epoch = state["epoch"], state["step_in_epoch"]
+        if self.fabric.is_global_zero:
+            torch.set_rng_state(state["cpu_rng"])
+            if self._on_cuda and state["cuda_rng"] is not None:
+                torch.cuda.set_rng_state(state["cuda_rng"], self.fabric.device)
+        else:  # the state holds the first rank's
+            done = self.epoch * self.batches.steps_per_epoch + self.step_in_epoch
+            torch.manual_seed(self.batches.seed + self.fabric.global_rank + self.fabric.world_size * done)
         self.sums, self.elapsed = dict(state["sums"]), state["elapsed"]
         self.history.rows = list(state["rows"])
         logger.info("Training goes on at epoch %d, step %d.", self.epoch, self.step_in_epoch)

@@ -77,7 +77,9 @@ def load_state(folder: Path) -> dict[str, Any] | None:
 
 
 def _newest_first(folder: Path) -> list[Path]:
-    return sorted((path for path in folder.iterdir() if _NAME.fullmatch(path.name)), reverse=True)
+    """By step, then by time: before and after an epoch is closed, the same number of steps is done."""
+    found = [path for path in folder.iterdir() if _NAME.fullmatch(path.name)]
+    return sorted(found, key=lambda path: (path.name.split("-")[1], path.stat().st_mtime_ns), reverse=True)
 
 
 def _sync_folder(folder: Path) -> None:

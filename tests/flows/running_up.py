@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
@@ -16,9 +17,12 @@ ROOT = Path(__file__).resolve().parents[2]
 START = """
 import sys
 from pathlib import Path
+from flows.ports import any_port
 from flows.server import up
-sys.exit(up(folder=Path(sys.argv[1]), deployments_file=Path(sys.argv[2])))
+sys.exit(up(any_port(), any_port(), folder=Path(sys.argv[1]), deployments_file=Path(sys.argv[2])))
 """
+
+FINAL = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
 
 
 def wait_for(ready: Callable[[], Any], seconds: float, what: str) -> Any:
@@ -44,6 +48,7 @@ class RunningUp:
         self.environment = {
             **os.environ,
             "STILLHOUSE_ROOT": str(folder),
+            "PREFECT_HOME": str(folder / ".stillhouse" / "prefect"),  # a test that imports flows has set the project's
             "STILLHOUSE_THREADS": "1",
             "PYTHONPATH": str(ROOT),
             "COLUMNS": "200",
@@ -63,14 +68,21 @@ class RunningUp:
         return json.loads(path.read_text()) if path.is_file() else None
 
     def api(self, path: str, body: Any = None, method: str = "POST") -> Any:
-        """The Prefect server's answer to one request."""
+        """The Prefect server's answer to one request; asked again while its database is busy, as Prefect does."""
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(
             self.state["prefect_api"] + path, data=data, method=method, headers={"content-type": "application/json"}
         )
-        with urllib.request.urlopen(request, timeout=30) as response:
-            content = response.read()
-        return json.loads(content) if content else None
+        for wait in (0.5, 1.0, 2.0, 4.0, None):
+            try:
+                with urllib.request.urlopen(request, timeout=30) as response:
+                    content = response.read()
+                return json.loads(content) if content else None
+            except urllib.error.HTTPError as error:
+                if error.code != 503 or wait is None:
+                    raise
+                time.sleep(wait)
+        raise AssertionError("not reached")
 
     def deployment(self, name: str) -> dict[str, Any]:
         return next(each for each in self.api("/deployments/filter", {}) if each["name"] == name)
@@ -84,6 +96,38 @@ class RunningUp:
 
     def finished(self, deployment: str) -> list[dict[str, Any]]:
         return self.runs("COMPLETED", "FAILED", "CRASHED", deployment=deployment)
+
+    def start(self, deployment: str, **parameters: Any) -> str:
+        """Start a run of a deployment; its id."""
+        body = {"state": {"type": "SCHEDULED"}, "parameters": parameters}
+        return self.api(f"/deployments/{self.deployment(deployment)['id']}/create_flow_run", body)["id"]
+
+    def run(self, run_id: str) -> dict[str, Any]:
+        return self.api(f"/flow_runs/{run_id}", method="GET")
+
+    def states(self, run_id: str) -> list[str]:
+        """Names of the states a run went through."""
+        history = self.api(f"/flow_run_states/?flow_run_id={run_id}", method="GET")
+        return [each["name"] for each in sorted(history, key=lambda each: each["timestamp"])]
+
+    def cancel(self, run_id: str) -> None:
+        """What the button of the UI does."""
+        body = {"state": {"type": "CANCELLING", "message": "Cancelled in a test."}}
+        self.api(f"/flow_runs/{run_id}/set_state", body)
+
+    def reaches(self, run_id: str, *states: str, seconds: float) -> dict[str, Any]:
+        """The run as soon as its state has one of these types."""
+
+        def found() -> dict[str, Any] | None:
+            run = self.run(run_id)
+            return run if run["state_type"] in states else None
+
+        return wait_for(found, seconds, f"{' or '.join(states)} of run {run_id}, {self.states(run_id)}")
+
+    def children(self) -> dict[str, int]:
+        """Process ids of servers and worker, as the state file has them now."""
+        state = json.loads((self.folder / ".stillhouse" / "up.json").read_text())
+        return {name: each["pid"] for name, each in state["children"].items()}
 
     def artifact(self, key: str) -> dict[str, Any]:
         """The newest artifact of that key."""

@@ -12,9 +12,12 @@ import psutil
 import pytest
 
 from compression.errors import InputError
-from flows.server import free_port, running_server
+from flows.ports import answers, free_port
+from flows.server import running_server
+from flows.server import up as start
 from tasks.settings import settings
 from tests.flows.running_up import RunningUp, wait_for
+from tests.flows.sleepy import left_of
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
@@ -82,14 +85,56 @@ def test_a_second_up_says_where_the_first_one_runs(up: RunningUp) -> None:
     assert up.state["prefect_url"] in done.stderr
 
 
-def test_when_a_child_dies_it_is_named_and_all_end(up: RunningUp) -> None:
+def test_a_child_that_dies_is_named_and_started_again_at_its_port(up: RunningUp) -> None:
+    before = up.children()
+    psutil.Process(before["MLflow UI"]).kill()
+    after = wait_for(lambda: changed(up, "MLflow UI", before), 30, "another MLflow UI")
+    assert {name for name in after if after[name] != before[name]} == {"MLflow UI"}
+    wait_for(lambda: answers(f"{up.state['mlflow_url']}/health"), 120, "its answer")
+    assert (
+        f"MLflow UI (pid {before['MLflow UI']}) has ended with exit code -9; started again (1 of 3"
+        in up.log.read_text()
+    )
+
+
+def test_a_child_that_keeps_dying_ends_all(up: RunningUp) -> None:
     """Last test of this module: it ends the servers."""
-    pids = {name: each["pid"] for name, each in up.state["children"].items()}
-    psutil.Process(pids["MLflow UI"]).kill()
-    assert up.process.wait(timeout=60) == 3
-    assert "MLflow UI" in up.log.read_text()
-    assert not [pid for pid in pids.values() if psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie"]
+    for _ in range(2):
+        before = up.children()
+        psutil.Process(before["MLflow UI"]).kill()
+        wait_for(lambda before=before: changed(up, "MLflow UI", before), 30, "another MLflow UI")
+    psutil.Process(up.children()["MLflow UI"]).kill()
+    assert up.process.wait(timeout=90) == 3
+    assert "although it was started again 3 times" in up.log.read_text()
+    assert "mlflow-ui.log" in up.log.read_text()
+    assert not left_of(up.folder)
     assert not (up.folder / ".stillhouse" / "up.json").exists()
+
+
+def changed(up: RunningUp, name: str, before: dict[str, int]) -> dict[str, int] | None:
+    after = up.children()
+    return after if after[name] != before[name] else None
+
+
+def test_an_address_open_to_others_needs_a_password(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PREFECT_SERVER_API_AUTH_STRING", raising=False)
+    with pytest.raises(InputError, match="'0.0.0.0' is open to other machines and no password is set") as caught:
+        start(host="0.0.0.0")
+    assert "PREFECT_SERVER_API_AUTH_STRING" in str(caught.value)
+    with pytest.raises(InputError, match="'192.0.2.1' cannot be listened at"):
+        start(host="192.0.2.1")
+
+
+def test_results_are_neither_kept_nor_pickled(home: Path) -> None:
+    code = """
+from tasks.settings import prepare_prefect
+prepare_prefect()
+from prefect.settings import get_current_settings
+results = get_current_settings().results
+print(results.default_serializer, results.persist_by_default)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["json", "False"]
 
 
 def test_a_port_in_use_is_refused_with_the_option_to_change() -> None:

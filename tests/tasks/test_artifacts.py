@@ -113,6 +113,15 @@ def test_killed_while_writing_every_artifact_there_is_whole(tmp_path: Path) -> N
         assert process.pid is not None
         os.kill(process.pid, signal.SIGKILL)
         process.join()
+    with store.put("mine") as mine:
+        (mine.folder / "blob").write_bytes(b"1")
+        os.utime(mine.folder, (0, 0))
+        foreign, old = store.partial / "thing.00000000.1.1.0-x", store.partial / "thing.00000000.1.1.0-y"
+        foreign.mkdir()
+        old.mkdir()
+        os.utime(old, (0, 0))
+        store.prepare()
+        assert set(store.partial.iterdir()) == {mine.folder, foreign}, "what the killed left is gone"
     folders = [path.parent for path in store.objects.rglob("blob")]
     assert folders
     for folder in folders:
