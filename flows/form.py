@@ -101,10 +101,13 @@ _Overrides = create_model(
 
 
 def _label(schema: dict[str, Any]) -> None:
-    for field in schema["properties"].values():
-        for member in field.get("anyOf", ()):
-            if member.get("type") == "null":
-                member["title"] = "as in the file"
+    for name in SECTIONS:
+        field = schema["properties"][name]
+        kinds = [member for member in field["anyOf"] if member.get("type") != "null"]
+        # First and without a default, the form leaves the section out; for a default of None it would write None, of
+        # which the server says that a recipe written out has no such thing.
+        field["anyOf"] = [{"title": "as in the file", "enum": [None]}, *kinds]
+        del field["default"]
     # A description marks a recipe that is written out: wrong here, but not what is wrong in it.
     schema |= {"patternProperties": {"^description$": {}}, "not": {"required": ["description"]}}
 
@@ -132,6 +135,8 @@ class NamedRecipe(_Overrides):
 class RecipeText(Frozen):
     """A whole recipe as text."""
 
+    # The form checks values before the server does, and its only message is that nothing fits. It does not look at
+    # additional properties, so that all values fit this member, and the server answers, with the name of the field.
     model_config = ConfigDict(title="As text")
 
     yaml: str = ""

@@ -2,11 +2,12 @@
 
 The form picks the tab of a union by counting property names, so that kinds with the same fields are taken for one
 another; it has no tabs inside a list; and of a wrong value in a union, the server's validator often says no more than
-that nothing fits. Three changes of the schema help, and each leaves the plain values valid that recipes are written in:
+that nothing fits. Four changes of the schema help, and each leaves the plain values valid that recipes are written in:
 
 - A kind is shown under a property name of its own, ``kind_ptq`` in place of ``kind``.
 - An item of a list of kinds is shown as an object with one property, ``{"one": item}``.
 - A union says which member counts for which kind, so that the error is that member's.
+- An unknown property is an error of that property, not of the object that has it.
 
 ``plain`` turns what such a form gives back into what recipes are written in.
 """

@@ -91,7 +91,9 @@ def promote(
     from flows.server import use_running_server
 
     done = promote_model(console, model, version=version, reason=reason, yes=yes)
-    if done is not None and use_running_server():
+    if done is None:
+        raise typer.Exit(1)
+    if done["version"] != done["replaced"] and use_running_server():
         tell_promoted(done)
 
 

@@ -242,6 +242,7 @@ def changed(place: str, value: Any) -> Json:
 
 
 REFUSED = [
+    ({"recipe": {"name": "digits", "set": [], "without": [], "seed": -1}, "restart_from": None}, "recipe.seed"),
     ({"recipe": {"name": "nope"}}, "recipe.name"),
     ({"recipe": {"name": "digits", "seed": -1}}, "recipe.seed"),
     ({"recipe": {"name": "digits", "speed": 1}}, "recipe.speed"),
