@@ -130,13 +130,14 @@ def faults(place: Path) -> list[str]:
         shown = Counter()
         for run, name, _ in runs:
             facts = tags.get(run, {})
-            within = facts.get("mlflow.parentRunId", "")
-            shown[(within, facts.get("stage_key") or f"{facts.get('stage')}/{name}")] += 1
+            within = facts.get("mlflow.parentRunId")
+            if within is not None:  # of whole recipes there may be several
+                shown[(within, facts.get("stage_key") or f"{facts.get('stage')}/{name}")] += 1
         found += [f"shown {count} times: {what}" for what, count in shown.items() if count > 1]
         twice = "SELECT run_uuid, key, step, COUNT(*) FROM metrics GROUP BY run_uuid, key, step HAVING COUNT(*) > 1"
         found += [f"metric '{key}' of step {step} is there {count} times" for _, key, step, count in rows(twice)]
-        versions = rows("SELECT name, COUNT(*) FROM model_versions GROUP BY name HAVING COUNT(*) > 1")
-        found += [f"model '{name}' has {count} versions" for name, count in versions]
+        versions = rows("SELECT name, COUNT(*) FROM model_versions GROUP BY name, run_id HAVING COUNT(*) > 1")
+        found += [f"model '{name}' has {count} versions of one run" for name, count in versions]
     return found
 
 

@@ -113,17 +113,19 @@ def reconcile_flow() -> list[dict[str, Any]]:
 
 
 def show_reconciled(console: Console) -> None:
-    """One pass for the command line, with the server of ``stillhouse up`` if it runs."""
+    """One pass for the command line, with whatever server of this project runs."""
     from flows.deployments import connect
     from flows.server import running_server
+    from flows.temporary_server import living_server
 
-    found = running_server()
-    settled = reconcile(None if found is None else connect(found.prefect_api), starting=False)
+    up = running_server()
+    api = living_server() if up is None else up.prefect_api
+    settled = reconcile(None if api is None else connect(api))
     for each in settled:
         console.print(str(each), markup=False, highlight=False)
     if not settled:
         console.print("Nothing to settle: whatever is marked as running has a living process.")
-    if found is None:
+    if api is None:
         console.print("No Prefect server runs here; `stillhouse up` also settles flow runs and starts them again.")
 
 
