@@ -24,7 +24,7 @@ DETERMINISTIC = (
     *("sensitivity", "quantize", "calibrate", "export"),
 )
 """Stages that give equal bytes from equal inputs on one thread; the others measure times."""
-FOLDER = "run folder"
+FOLDER = "run-folder"
 """Written after the last stage; counted as work like one."""
 
 
