@@ -166,9 +166,17 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     if not isinstance(raw, dict):
         raise RecipeError(f"Recipe '{path}' holds {type(raw).__name__}, expected a mapping of sections.")
     files = include_policy(raw, path, lines)
+    raw = _unshared(raw)
     for override in overrides:
         _apply(raw, override)
     return parse_recipe(raw, source=str(path), lines=lines, files=files)
+
+
+def _unshared(value: Any) -> Any:
+    """A copy in which an override of one place does not change another with the same YAML anchor."""
+    if isinstance(value, dict):
+        return {key: _unshared(each) for key, each in value.items()}
+    return [_unshared(each) for each in value] if isinstance(value, list) else value
 
 
 def parse_recipe(

@@ -298,6 +298,26 @@ def test_an_unknown_parameter_is_refused(servers: RunningUp) -> None:
     assert "'epochs' was unexpected" in caught.value.read().decode()
 
 
+def test_a_start_that_may_not_wait_leaves_a_recipe_that_runs(
+    servers: RunningUp, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tasks.running import running
+    from tasks.settings import settings
+
+    monkeypatch.setenv("STILLHOUSE_ROOT", str(servers.folder))
+    settings.cache_clear()
+    before = sorted((servers.folder / "runs").glob("*/*"))
+    try:
+        with running("tiny"):
+            started = servers.start("compress", recipe={"name": "tiny", "seed": 9}, if_running="leave")
+            done = servers.reaches(started, *FINAL, seconds=300)
+    finally:
+        settings.cache_clear()
+    assert done["state_name"] == "Left", done["state"]
+    assert f"process {os.getpid()}" in done["state"]["message"]
+    assert sorted((servers.folder / "runs").glob("*/*")) == before
+
+
 def test_a_schedule_a_minute_ahead_starts_the_nightly_recipes(servers: RunningUp) -> None:
     nightly = servers.deployment("nightly")
     ahead = time.gmtime(time.time() + 75)

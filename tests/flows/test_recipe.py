@@ -92,6 +92,16 @@ def test_overrides_reach_nested_values_and_are_checked() -> None:
     assert (recipe.distill.train.epochs, recipe.distill.losses[1].temperature, recipe.seed) == (3, 5, 7)
 
 
+def test_an_override_changes_one_place_of_those_with_the_same_anchor(tmp_path: Path) -> None:
+    content = raw()
+    content["distill"]["train"] = content["teachers"][0]["source"]["train"]  # dumped as an anchor and an alias
+    (tmp_path / "digits.yaml").write_text(yaml.safe_dump(content))
+    assert "*id" in (tmp_path / "digits.yaml").read_text()
+    recipe = load_recipe(tmp_path / "digits.yaml", ["distill.train.epochs=1"])
+    assert recipe.distill.train.epochs == 1
+    assert recipe.teachers[0].source.train.epochs == 24  # type: ignore[union-attr]
+
+
 @pytest.mark.parametrize(
     ("override", "says"),
     [
