@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 # Two processes of one thread each; the tests of a file stay together, since they share what is dear to make.
 TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
-.PHONY: setup demo test test-slow test-all check format up bench lock clean
+.PHONY: setup demo test test-slow test-servers test-all check format up bench lock clean
 
 setup: $(STAMP)
 
@@ -20,10 +20,13 @@ demo: setup  ## Real teachers to a verified edge model on embedded data, with a 
 	$(BIN)/stillhouse compress recipes/digits.yaml
 
 test: setup  ## The quick suite: under 10 minutes on 2 cores
-	$(TESTS) -m "not slow and not browser"
+	$(TESTS) -m "not slow and not servers and not browser"
 
 test-slow: setup  ## Whole recipes, killed and resumed, and what only a started run finds; CI runs them too
-	$(TESTS) -m "slow and not browser"
+	$(TESTS) -m "slow and not servers and not browser"
+
+test-servers: setup  ## Nights, kills, approvals, clusters and databases with their real servers: about an hour
+	$(TESTS) -m "servers and not browser"
 
 test-all: setup  ## Also the slow tests and the real browser
 	$(BIN)/python -m pytest

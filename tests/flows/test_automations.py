@@ -128,7 +128,7 @@ def settle(client: Any, receivers: tuple[Receiver, ...]) -> None:
     )
 
 
-slow = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(900)]
+slow = [pytest.mark.e2e, pytest.mark.servers, pytest.mark.timeout(900)]
 
 
 class TestWithServer:

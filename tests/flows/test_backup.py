@@ -198,7 +198,7 @@ def test_refusals_name_the_way_out(project: Path, tmp_path: Path, monkeypatch: p
     assert "secret" not in note
 
 
-@pytest.mark.slow
+@pytest.mark.servers
 @pytest.mark.e2e
 @pytest.mark.timeout(1200)
 def test_a_run_that_is_put_back_elsewhere_is_a_no_op_there_and_mlflow_shows_it(tmp_path: Path) -> None:

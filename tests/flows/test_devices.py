@@ -24,7 +24,7 @@ from tasks.stage import DirectRunner, StageIndex, StageResult, use_runner
 from tasks.teachers import make_teacher, store_outputs
 from tests.flows.test_fan_out import two_of_each
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600), pytest.mark.usefixtures("one_thread")]
+pytestmark = [pytest.mark.servers, pytest.mark.timeout(600), pytest.mark.usefixtures("one_thread")]
 
 EPOCHS = 10
 TOLERANCE = 1e-5

@@ -19,7 +19,7 @@ import yaml
 from export.regression.compare import ALARMING, SAME_FILE
 from tests.flows.running_up import ROOT, RunningUp, wait_for
 
-pytestmark = [pytest.mark.slow, pytest.mark.e2e, pytest.mark.timeout(1500)]
+pytestmark = [pytest.mark.servers, pytest.mark.e2e, pytest.mark.timeout(1500)]
 
 DEPLOYMENTS = """
 name: test

@@ -24,7 +24,7 @@ from tests.flows.test_fan_out import two_of_each
 
 pytestmark = [
     pytest.mark.e2e,
-    pytest.mark.slow,
+    pytest.mark.servers,
     pytest.mark.timeout(1500),
     pytest.mark.skipif(postgres.programs() is None, reason="PostgreSQL is not installed (apt-get install postgresql)"),
 ]

@@ -19,7 +19,7 @@ from tasks.settings import settings
 from tests.flows.registered import add_version
 from tests.flows.running_up import ROOT, RunningUp, wait_for
 
-pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.e2e, pytest.mark.servers, pytest.mark.timeout(900)]
 
 DEPLOYMENTS = """
 name: test

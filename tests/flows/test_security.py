@@ -183,7 +183,7 @@ def test_the_search_for_pickles_finds_them(tmp_path: Path) -> None:
     assert names == {"/plain", "/prefect.json", "/objects.npy", "/checkpoint.bin", "/a.db"}
 
 
-@pytest.mark.slow
+@pytest.mark.servers
 @pytest.mark.e2e
 @pytest.mark.timeout(900)
 def test_a_whole_run_leaves_no_pickle_behind(tmp_path: Path) -> None:
@@ -248,7 +248,7 @@ def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningUp]:
 class TestWithPassword:
     """``stillhouse up`` with Prefect's basic authentication: everything of ours goes on, everybody else stays out."""
 
-    pytestmark = [pytest.mark.slow, pytest.mark.e2e, pytest.mark.timeout(900)]
+    pytestmark = [pytest.mark.servers, pytest.mark.e2e, pytest.mark.timeout(900)]
 
     def ask(self, up: RunningUp, path: str, *, password: str | None, body: object = None) -> tuple[int, str]:
         request = urllib.request.Request(
@@ -327,7 +327,7 @@ class TestWithPassword:
         assert PASSWORD not in str(commands)
 
 
-@pytest.mark.slow
+@pytest.mark.servers
 @pytest.mark.e2e
 @pytest.mark.timeout(600)
 def test_mlflow_with_its_basic_auth_lets_only_our_user_in(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 from tests.flows.running_up import FINAL, RunningUp, wait_for
 from tests.flows.sleepy import is_gone, left_of, lines, start_up, until_step
 
-pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.e2e, pytest.mark.servers, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ import pytest
 from tests.flows.running_up import ROOT, wait_for
 from tests.flows.sleepy import left_of
 
-pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.e2e, pytest.mark.servers, pytest.mark.timeout(400)]
 
 USE = """
 import sys
