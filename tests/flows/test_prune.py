@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from compression.errors import InputError
-from flows.prune import YOUNG_SECONDS, prune
+from flows.prune import prune
 from tasks.artifacts import Store
 from tasks.running import running
 from tasks.settings import settings
