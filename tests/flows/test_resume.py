@@ -158,11 +158,9 @@ def test_asked_to_end_it_saves_the_step_at_hand(tmp_path: Path, recipe: Path, un
     place = Place(tmp_path, recipe, api)
     process = place.start()
     assert wait_for(process, lambda: len(steps_of(place)) >= 33, place)
-    asked = time.monotonic()
     os.kill(process.pid, signal.SIGINT)
     process.wait(60)
     assert process.returncode != 0
-    assert time.monotonic() - asked < 10 or os.getloadavg()[0] > (os.cpu_count() or 1)
     (scratch,) = (tmp_path / ".stillhouse" / "scratch").iterdir()
     last = steps_of(place)[-1][2]
     assert max(int(path.name.split("-")[1]) for path in scratch.glob("step-*")) == last
