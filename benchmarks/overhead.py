@@ -225,6 +225,13 @@ def summary() -> dict[str, dict[str, float]]:
     return found
 
 
+def keep(place: Path | None) -> None:
+    """Write what is measured so far, so that a run that is ended early leaves its figures."""
+    if place is not None:
+        content = {"load": os.getloadavg(), "cores": os.cpu_count(), "figures": summary()}
+        place.write_text(json.dumps(content, indent=1))
+
+
 def show(found: dict[str, dict[str, float]]) -> None:
     width = max(map(len, found))
     print(f"{'':{width}}  {'median':>10}  {'middle half':>23}  samples")
@@ -262,17 +269,15 @@ def main() -> None:
         os.environ["PREFECT_SERVER_ANALYTICS_ENABLED"] = "false"
         with prefect_server(folder):
             stages(arguments.rounds)
+        keep(arguments.json)
         store(arguments.rounds)
         imports(arguments.repeats)
+        keep(arguments.json)
         root = arguments.root or folder / "run"
         root.mkdir(exist_ok=True)
         nothing_to_do(arguments.recipe, root, arguments.repeats)
-    found = summary()
-    show(found)
-    if arguments.json is not None:
-        arguments.json.write_text(
-            json.dumps({"load": os.getloadavg(), "cores": os.cpu_count(), "figures": found}, indent=1)
-        )
+    keep(arguments.json)
+    show(summary())
 
 
 if __name__ == "__main__":
