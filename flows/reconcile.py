@@ -22,7 +22,7 @@ from rich.console import Console
 from compression.types import Frozen
 from flows import children
 from flows.approvals import close_overdue
-from flows.deployments import POOL, worker_name
+from flows.deployments import POOL, TRAINING_TAG, worker_name
 from flows.flow_processes import engine_processes, processes_of
 from tasks.running import Lease, leases, release
 from tasks.settings import prepare_prefect, settings
@@ -90,6 +90,7 @@ def reconcile(client: "SyncPrefectClient | None", *, starting: bool = False) -> 
         engines = engine_processes()
         for lease in dead:
             if lease.flow_run_id and lease.flow_run_id not in {*living, *engines}:
+                _end_tasks(client, UUID(lease.flow_run_id))
                 settled += _settle(client, _read(client, lease.flow_run_id), _gone(lease))
         settled += _release(dead)
         settled += _settle_pool(client, living, engines, starting=starting)
@@ -262,6 +263,7 @@ def _settle(client: "SyncPrefectClient", run: "FlowRun | None", reason: str) -> 
     cancelled = run.state.is_cancelling()
     state = Cancelled(message=reason) if cancelled else Crashed(message=reason)
     client.set_flow_run_state(run.id, state, force=True)
+    _end_tasks(client, run.id)
     settled = [
         Settled(action="cancelled" if cancelled else "crashed", what=run.name, flow_run_id=str(run.id), reason=reason)
     ]
@@ -270,6 +272,21 @@ def _settle(client: "SyncPrefectClient", run: "FlowRun | None", reason: str) -> 
         if child.deployment_id is None:
             settled += _settle(client, child, f"It was part of {run.name}, which is gone.")
     return settled
+
+
+def _end_tasks(client: "SyncPrefectClient", run: UUID) -> None:
+    """Mark the tasks of a dead run, and free the place in training that they hold: it would be kept for a minute."""
+    from prefect.client.schemas.filters import FlowRunFilter, TaskRunFilter
+    from prefect.states import Crashed
+
+    tasks = client.read_task_runs(
+        flow_run_filter=FlowRunFilter.model_validate({"id": {"any_": [run]}}),
+        task_run_filter=TaskRunFilter.model_validate({"state": {"type": {"any_": ["RUNNING", "PENDING"]}}}),
+    )
+    for task in tasks:
+        if TRAINING_TAG in task.tags:
+            client.decrement_v1_concurrency_slots([TRAINING_TAG], task.id, occupancy_seconds=0.0)
+        client.set_task_run_state(task.id, Crashed(message="Its process is gone."), force=True)
 
 
 _seen_at_work: dict[str, float] = {}

@@ -57,6 +57,8 @@ def assert_it_went_on(up: RunningUp, run: str, name: str, steps: int) -> None:
     assert len(lines(up.folder, name, "starts")) == 2
     assert len(lines(up.folder, name, "ends")) == 1
     assert statuses(up, name) == ["FINISHED", "FINISHED"]
+    tasks = up.api("/task_runs/filter", {"flow_runs": {"id": {"any_": [run]}}})
+    assert sorted(task["state_type"] for task in tasks) == ["COMPLETED", "CRASHED"]
 
 
 @pytest.mark.parametrize("also_the_worker", [False, True], ids=["flow", "flow and worker"])
