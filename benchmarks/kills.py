@@ -32,10 +32,10 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from rich.console import Console  # noqa: E402
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn  # noqa: E402
 from rich.table import Table  # noqa: E402
 
 from benchmarks.killing import Place, differing, faults, is_complete, kill, parents, prefect_server  # noqa: E402
+from flows.progress import bars  # noqa: E402
 
 POLL_SECONDS = 0.05
 STARTS = 20
@@ -212,15 +212,8 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that server and run are ended too
     arguments.folder.mkdir(parents=True)
     folder, random_ = arguments.folder.absolute(), random.Random(arguments.seed)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
     runs: list[Run] = []
-    with prefect_server(folder / "server") as api, Progress(*columns, console=console) as progress:
+    with prefect_server(folder / "server") as api, bars(console) as progress:
         bar = progress.add_task("unbroken run", total=arguments.kills)
         reference = Place(folder / "unbroken", arguments.recipe.absolute(), api)
         if unbroken(reference) != 0:

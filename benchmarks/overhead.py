@@ -193,6 +193,7 @@ def nothing_to_do(recipe: Path, root: Path, repeats: int) -> None:
 
     progress(f"{recipe.name}: running it once, unless that was done")
     call("compress")
+    of_a_run(root)
     for repeat in range(repeats):
         progress(f"nothing to do: {repeat + 1} of {repeats}")
         with timed("plan, all kept, command line to exit"):
@@ -203,6 +204,18 @@ def nothing_to_do(recipe: Path, root: Path, repeats: int) -> None:
             text = call("compress")
         if "Nothing has changed" not in text:
             raise SystemExit(f"The run did something:\n{text}")
+
+
+def of_a_run(root: Path) -> None:
+    """The first run below ``root``: how long it took as MLflow tells it, and how much of that inside stages."""
+    from mlflow import MlflowClient
+
+    folder = min((root / "runs").glob("*/*/summary.json")).parent
+    summary_, lineage = (json.loads((folder / name).read_text()) for name in ("summary.json", "lineage.json"))
+    info = MlflowClient(f"sqlite:///{root / 'mlruns' / 'mlflow.db'}").get_run(summary_["mlflow_run"]).info
+    inside = sum(row["seconds"] for row in lineage if not row["cached"])
+    sample(f"run of {len(lineage)} stages, opened to closed", (info.end_time - info.start_time) / 1000)
+    sample(f"run of {len(lineage)} stages, inside stages", inside)
 
 
 def imports(repeats: int) -> None:

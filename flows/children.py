@@ -190,16 +190,6 @@ def with_descendants(process: psutil.Process) -> list[psutil.Process]:
     return [process]
 
 
-def live_values(variable: str) -> set[str]:
-    """The values that an environment variable has in the processes of this machine we may look into."""
-    values = set()
-    for process in psutil.process_iter(["environ"]):
-        value = (process.info["environ"] or {}).get(variable)
-        if value:
-            values.add(value)
-    return values
-
-
 def tail(log: Path, lines: int = TAIL_LINES) -> str:
     """The last lines of a log, indented; says so when there are none."""
     try:

@@ -66,7 +66,7 @@ def _known(name: str) -> str:
     return name
 
 
-class _Offered:
+class OfferedRecipes:
     """An annotation: the names of the recipe files as an enum; a Field's own extras would give way to Prefect's."""
 
     def __get_pydantic_json_schema__(self, core: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
@@ -74,7 +74,7 @@ class _Offered:
         return handler(core) | ({"enum": names} if names else {})  # an enum without values is no valid schema
 
 
-RecipeName = Annotated[str, AfterValidator(_known), _Offered()]
+RecipeName = Annotated[str, AfterValidator(_known), OfferedRecipes()]
 """The name of a recipe file; in the form a dropdown of those that were there when the deployment was registered."""
 
 

@@ -32,7 +32,7 @@ from flows import children  # noqa: E402
 from flows.cancelling import cancellable  # noqa: E402
 from flows.compress import compress, plan  # noqa: E402
 from flows.deployments import FLOW_RUN_VARIABLE  # noqa: E402
-from flows.form import recipe_file, recipe_files  # noqa: E402
+from flows.form import OfferedRecipes, recipe_file  # noqa: E402
 from flows.recipe import Recipe, dump_recipe, load_recipe  # noqa: E402
 from tasks.regression import write_regression  # noqa: E402
 from tasks.run_folder import latest_finished, run_folders  # noqa: E402
@@ -49,12 +49,7 @@ POLL_SECONDS = 1.0
 BROKEN = ("failed", "crashed")
 
 
-def _offer(schema: dict[str, Any]) -> None:
-    if names := list(recipe_files()):
-        schema["enum"] = names
-
-
-NightlyRecipe = Annotated[str, Field(json_schema_extra=_offer)]
+NightlyRecipe = Annotated[str, OfferedRecipes()]
 """A recipe's name. Not checked before the night begins: a recipe file that went away is that recipe's failure alone."""
 WhenLate = Literal["catch_up", "skip"]
 
@@ -144,9 +139,8 @@ def _row(name: str) -> dict[str, Any]:
 
 def _one(name: str) -> dict[str, Any]:
     recipe = load_recipe(recipe_file(name))
-    with recipe_lock(recipe.name, "wait"):
-        pass  # somebody else's run of it has ended; what it kept counts
-    kept = unchanged(recipe)
+    with recipe_lock(recipe.name, "wait"):  # what somebody else's run of it keeps counts
+        kept = unchanged(recipe)
     if kept is not None:
         text = f"Unchanged since run {kept['run']} ({kept['outcome']})."
         return {"outcome": "unchanged", "summary": text, "folder": kept["folder"]}

@@ -54,6 +54,12 @@ class LineProgress:
             del self._started[text]
 
 
+def bars(console: Console) -> Progress:
+    """Bars with a count, the time that went by and the time that is left."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, TimeRemainingColumn(), console=console)
+
+
 @contextmanager
 def terminal_progress(console: Console) -> Iterator[None]:
     """Show progress while the block runs."""
@@ -65,14 +71,7 @@ def terminal_progress(console: Console) -> Iterator[None]:
         finally:
             _active = None
         return
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console) as progress:
+    with bars(console) as progress:
         _active = TerminalProgress(progress)
         try:
             yield

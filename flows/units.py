@@ -5,8 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tasks.artifacts import Artifact
-from tasks.stage import PENDING, DirectRunner, PlanRunner, Runner, Stage, StageIndex, StageResult, use_runner
+from tasks.stage import DirectRunner, PlanRunner, Runner, Stage, StageIndex, StageResult, placeholder, use_runner
 
 Unit = tuple[str, str | int]
 """``("teacher", name)`` or ``("student", number of the finalist)``."""
@@ -42,12 +41,6 @@ class Course:
             raise UnitIsDone
         self._students_began = self._students_began or student is not None
         return student is None or int(student[1]) == self.which
-
-
-def placeholder(stage: Stage, name: str) -> StageResult:
-    """Stands for work of another unit."""
-    nothing = Artifact(kind=PENDING, sha256=PENDING, size_bytes=0)
-    return StageResult(stage=stage.name, name=name, key=PENDING, artifact=nothing)
 
 
 class UnitPlan(PlanRunner):

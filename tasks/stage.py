@@ -9,7 +9,6 @@ import ast
 import hashlib
 import importlib.metadata
 import importlib.util
-import inspect
 import json
 import logging
 import os
@@ -290,6 +289,12 @@ def use_runner(runner: Runner) -> Iterator[Runner]:
         _runner.reset(token)
 
 
+def placeholder(stage: Stage, name: str, key: str = PENDING) -> StageResult:
+    """Stands for work that is not done here, now."""
+    nothing = Artifact(kind=PENDING, sha256=PENDING, size_bytes=0)
+    return StageResult(stage=stage.name, name=name, key=key, artifact=nothing)
+
+
 class PlanRunner:
     """Looks every stage up and runs nothing; unfinished ones come back as pending placeholders."""
 
@@ -305,8 +310,7 @@ class PlanRunner:
             key = stage.key(name, inputs)
             result = self.index.get(key)
         if result is None:
-            nothing = Artifact(kind=PENDING, sha256=PENDING, size_bytes=0)
-            result = StageResult(stage=stage.name, name=name, key=key, artifact=nothing)
+            result = placeholder(stage, name, key)
         self.results.append(result)
         return result
 
@@ -399,8 +403,3 @@ def stage_lock(key: str, what: str) -> Iterator[None]:
         yield
     finally:
         lock.release()
-
-
-def stage_doc(stage: Stage) -> str:
-    """First line of the stage's docstring."""
-    return (inspect.getdoc(stage.fn) or "").partition("\n")[0]

@@ -103,10 +103,6 @@ class Run:
         """Copy a file to the run's artifacts."""
         client().log_artifact(self.id, str(path), folder or None)
 
-    def log_folder(self, path: Path, folder: str = "") -> None:
-        """Copy a folder to the run's artifacts."""
-        client().log_artifacts(self.id, str(path), folder or None)
-
     def log_dataset(self, name: str, digest: str, source: str, profile: Mapping[str, Any], context: str) -> None:
         """Show a dataset in the run's Dataset column."""
         from mlflow.entities import Dataset, DatasetInput, InputTag

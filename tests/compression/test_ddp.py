@@ -226,8 +226,10 @@ def test_ranks_end_with_the_process_that_started_them(tmp_path: Path) -> None:
     with subprocess.Popen([sys.executable, "-c", starter], env=environment) as process:
         files = [tmp_path / f"pid-{rank}" for rank in (0, 1)]
         wait_for(lambda: all(file.is_file() and file.read_text() for file in files))
+        started = [psutil.Process(int(file.read_text())) for file in files]
         process.send_signal(signal.SIGKILL)
-    wait_for(lambda: not any(psutil.pid_exists(int(file.read_text())) for file in files))
+    _, alive = psutil.wait_procs(started, timeout=90)
+    assert not alive
 
 
 def wait_for(ready: Any, seconds: float = 90) -> None:

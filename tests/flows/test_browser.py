@@ -16,6 +16,7 @@ import pytest
 import yaml
 
 from tests.flows.running_up import FINAL, ROOT, RunningUp, wait_for
+from tests.flows.tiny_recipe import tiny_recipe
 
 pytestmark = [pytest.mark.browser, pytest.mark.e2e, pytest.mark.timeout(1500)]
 
@@ -26,23 +27,10 @@ FLAGS = (
 ).split()
 
 
-def tiny_recipe() -> dict[str, Any]:
-    raw = yaml.safe_load((ROOT / "recipes" / "digits.yaml").read_text())
-    raw |= {"name": "tiny", "description": "One small teacher, one student, minutes."}
-    quick = {"epochs": 8, "batch_size": 16, "learning_rate": 0.004}
-    raw["data"]["limit"] = 600
-    raw["teachers"] = raw["teachers"][:1]
-    raw["teachers"][0]["model"] |= {"widths": [16], "depths": [1], "strides": [2], "stem_width": 16}
-    raw["teachers"][0]["source"]["train"] = {**quick}
-    raw["select"]["panel_size"] = 1
-    raw["search"] |= {"spaces": [{"kind": "prune", "parent": "residual", "ratios": [0.5]}], "trials": 1}
-    raw["search"] |= {"train": {"epochs": 1, "batch_size": 64}, "max_macs_share": 1.0}
-    raw["distill"] |= {"train": {**quick}, "views": 2, "control": False}
+def small() -> dict[str, Any]:
+    raw = tiny_recipe(images=600, epochs=8)
     raw["quantize"] = None
     raw["targets"] = [{"kind": "onnxruntime", "name": "cpu", "precision": "float32"}]
-    raw["benchmark_rounds"] = 3
-    limits = ("max_accuracy_drop", "max_worst_class_drop", "max_ece_increase", "max_accuracy_gain")
-    raw["policy"] = {**dict.fromkeys(limits), "faster_than_parent": False}
     return raw
 
 
@@ -51,7 +39,7 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningUp]:
     """``stillhouse up`` with the real deployments, and a root whose recipes are the shipped ones and a tiny one."""
     folder = tmp_path_factory.mktemp("browser")
     shutil.copytree(ROOT / "recipes", folder / "recipes")
-    (folder / "recipes" / "tiny.yaml").write_text(yaml.safe_dump(tiny_recipe(), sort_keys=False))
+    (folder / "recipes" / "tiny.yaml").write_text(yaml.safe_dump(small(), sort_keys=False))
     deployments = yaml.safe_load((ROOT / "prefect.yaml").read_text())
     by_name = {each["name"]: each for each in deployments["deployments"]}
     by_name["nightly"]["parameters"]["recipes"] = ["tiny"]

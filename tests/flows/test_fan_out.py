@@ -299,32 +299,24 @@ class TestProcesses:
         assert (place / "log").read_text().count("was done ahead") == 2
 
 
-class TestDask:
+class TestCluster:
     pytestmark = slow
 
-    def test_a_local_cluster_gives_the_same_run(self, alone: dict[str, Any], tmp_path: Path) -> None:
+    @pytest.mark.parametrize(
+        "kind", ["dask", pytest.param("ray", marks=pytest.mark.skipif(find_spec("ray") is None, reason="an extra"))]
+    )
+    def test_one_on_this_machine_gives_the_same_run(self, kind: str, alone: dict[str, Any], tmp_path: Path) -> None:
         place = tmp_path / "run"
-        summary = finished(started(place, STILLHOUSE_FAN_OUT="dask"), place)
+        summary = finished(started(place, STILLHOUSE_FAN_OUT=kind), place)
         require_same_as(alone, place, summary)
         assert (place / "log").read_text().count("was done ahead") == 4
 
-    def test_a_scheduler_elsewhere_gives_the_same_run(self, alone: dict[str, Any], tmp_path: Path) -> None:
+    def test_a_dask_scheduler_elsewhere_gives_the_same_run(self, alone: dict[str, Any], tmp_path: Path) -> None:
         place = tmp_path / "run"
         place.mkdir()
         with dask_cluster(place) as address:
             more = {"STILLHOUSE_FAN_OUT": "dask", "STILLHOUSE_DASK_SCHEDULER": address}
             summary = finished(started(place, **more), place)
-        require_same_as(alone, place, summary)
-        assert (place / "log").read_text().count("was done ahead") == 4
-
-
-@pytest.mark.skipif(find_spec("ray") is None, reason="Ray is an extra.")
-class TestRay:
-    pytestmark = slow
-
-    def test_ray_gives_the_same_run(self, alone: dict[str, Any], tmp_path: Path) -> None:
-        place = tmp_path / "run"
-        summary = finished(started(place, STILLHOUSE_FAN_OUT="ray"), place)
         require_same_as(alone, place, summary)
         assert (place / "log").read_text().count("was done ahead") == 4
 

@@ -18,6 +18,7 @@ import yaml
 
 from export.regression.compare import ALARMING, SAME_FILE
 from tests.flows.running_up import ROOT, RunningUp, wait_for
+from tests.flows.tiny_recipe import tiny_recipe
 
 pytestmark = [pytest.mark.servers, pytest.mark.e2e, pytest.mark.timeout(1500)]
 
@@ -48,23 +49,11 @@ with running(NIGHT):
 """
 
 
-def tiny_recipe(name: str) -> dict[str, Any]:
-    raw = yaml.safe_load((ROOT / "recipes" / "digits.yaml").read_text())
-    quick = {"epochs": 5, "batch_size": 16, "learning_rate": 0.004}
-    raw["name"] = name
-    raw["data"]["limit"] = 500
-    raw["teachers"] = raw["teachers"][:1]
-    raw["teachers"][0]["model"] |= {"widths": [16], "depths": [1], "strides": [2], "stem_width": 16}
-    raw["teachers"][0]["source"]["train"] = quick
-    raw["select"]["panel_size"] = 1
-    raw["search"] |= {"spaces": [{"kind": "prune", "parent": "residual", "ratios": [0.5]}], "trials": 1}
-    raw["search"] |= {"train": {"epochs": 1, "batch_size": 64}, "max_macs_share": 1.0}
-    raw["distill"] |= {"train": quick, "views": 2, "control": False}
+def small_night(name: str) -> dict[str, Any]:
+    raw = tiny_recipe(name)
     raw["quantize"] = {"kind": "qat", "train": {"epochs": 2, "batch_size": 64, "learning_rate": 0.0004}}
-    raw |= {"sensitivity": None, "robustness": None, "attention": None, "benchmark_rounds": 3}
+    raw |= {"sensitivity": None, "robustness": None, "attention": None}
     raw["targets"] = [{"kind": "onnxruntime", "name": "cpu", "precision": "int8"}]
-    limits = ("max_accuracy_drop", "max_flips_int8", "max_worst_class_drop", "max_ece_increase", "max_accuracy_gain")
-    raw["policy"] = {**dict.fromkeys(limits), "faster_than_parent": False}
     return raw
 
 
@@ -105,7 +94,7 @@ def nights(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nights]:
     folder = tmp_path_factory.mktemp("nights")
     (folder / "prefect.yaml").write_text(DEPLOYMENTS)
     (folder / "recipes").mkdir()
-    recipes = {name: tiny_recipe(name) for name in ("tiny", "broken", "gone", "long")}
+    recipes = {name: small_night(name) for name in ("tiny", "broken", "gone", "long")}
     recipes["broken"]["distil"] = {}
     recipes["long"]["teachers"][0]["source"]["train"] = {"epochs": 500, "batch_size": 8}
     for name, raw in recipes.items():
@@ -157,7 +146,7 @@ def test_a_second_night_changes_nothing_and_says_so(nights: Nights, first: dict[
 
 
 def test_a_changed_recipe_is_compared_and_its_stage_is_named(nights: Nights, first: dict[str, Any]) -> None:
-    raw = tiny_recipe("tiny")
+    raw = small_night("tiny")
     raw["quantize"]["train"]["epochs"] = 1
     (nights.folder / "recipes" / "tiny.yaml").write_text(yaml.safe_dump(raw))
     run = nights.ended(nights.night("tiny"))
