@@ -198,7 +198,7 @@ def nothing_to_do(recipe: Path, root: Path, repeats: int) -> None:
         progress(f"nothing to do: {repeat + 1} of {repeats}")
         with timed("plan, all kept, command line to exit"):
             text = call("plan")
-        if "to do" in text.replace("nothing to do", ""):
+        if " kept, 0 to do." not in text:
             raise SystemExit(f"The plan still has something to do:\n{text}")
         with timed("compress, all kept, command line to exit"):
             text = call("compress")

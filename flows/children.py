@@ -190,6 +190,17 @@ def with_descendants(process: psutil.Process) -> list[psutil.Process]:
     return [process]
 
 
+def listens(pid: int, port: int) -> bool:
+    """Whether a process, or one below it, listens at a TCP port; so that nobody else's server is taken for ours."""
+    with suppress(psutil.NoSuchProcess):
+        for process in with_descendants(psutil.Process(pid)):
+            with suppress(psutil.Error):
+                here = process.net_connections("tcp")
+                if any(each.status == psutil.CONN_LISTEN and each.laddr.port == port for each in here):
+                    return True
+    return False
+
+
 def tail(log: Path, lines: int = TAIL_LINES) -> str:
     """The last lines of a log, indented; says so when there are none."""
     try:

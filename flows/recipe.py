@@ -25,6 +25,7 @@ from compression.teachers import Teacher
 from compression.types import Frozen, Slug
 from compression.zoo import Group
 from export.gate import Policy
+from export.model_card.stated import Card
 from export.promotion import Promotion
 from export.targets import AnyTarget
 from flows.policy_file import include_policy
@@ -72,6 +73,8 @@ class Recipe(Frozen, title="Written out"):
     """What an accepted model must prove."""
     promotion: Promotion = Promotion()
     """When an accepted model replaces the champion."""
+    card: Card = Card()
+    """What people state in the model card: use and licences."""
     benchmark_rounds: PositiveInt = 30
     """Interleaved rounds of the latency benchmark; more rounds, narrower noise floor."""
 
@@ -80,6 +83,11 @@ class Recipe(Frozen, title="Written out"):
         names = [teacher.name for teacher in self.teachers]
         _refuse_repeats("teachers", names)
         _refuse_repeats("targets", [target.name for target in self.targets])
+        strangers = [name for name in self.card.teacher_licences if name not in names]
+        if strangers:
+            raise ValueError(
+                f"card.teacher_licences has '{strangers[0]}', expected one of the teachers {', '.join(names)}."
+            )
         if self.select.panel_size > len(names):
             raise ValueError(
                 f"select.panel_size is {self.select.panel_size}, but there are {len(names)} teachers. "

@@ -1,7 +1,5 @@
 """``stillhouse up``: Prefect server, worker and MLflow UI as child processes, with the deployments registered."""
 
-import importlib
-import importlib.util
 import json
 import logging
 import os
@@ -222,7 +220,9 @@ def _start(
         place = ["--host", HOST, "--port", str(ports["MLflow"]), "--workers", "1"]
         mlflow = start("MLflow UI", [*python, "mlflow", "server", *store, *place])
     with console.status("Starting the Prefect server"):
-        _until(lambda: answers(f"{api}/health"), server, stop)
+        _until(
+            lambda: children.listens(server.process.pid, ports["Prefect"]) and answers(f"{api}/health"), server, stop
+        )
     client = deployments.connect(api)
     deployments.prepare_pool(client)
     for each in _reconcile(client):
@@ -230,7 +230,9 @@ def _start(
     with console.status("Registering the deployments"):
         register(file, folder, environment)
         deployments.refuse_unknown_parameters(client)
-    for line in _prepare_automations(client):
+    from flows import automations  # it imports Prefect, which takes seconds
+
+    for line in automations.prepare(client):
         console.print(line, markup=False, highlight=False)
     since = datetime.now(UTC)
     worker = start("Prefect worker", deployments.worker_command())
@@ -239,7 +241,7 @@ def _start(
         _until(lambda: deployments.worker_is_online(client, since=since), worker, stop)
     if mlflow is not None:
         with console.status("Starting the MLflow UI"):
-            _until(lambda: answers(f"{found.mlflow_url}/health"), mlflow, stop)
+            _until(lambda: _is_ready(mlflow, ports["MLflow"], f"{found.mlflow_url}/health"), mlflow, stop)
     _write_state(found, programs)
     return found
 
@@ -262,12 +264,6 @@ def _reconcile(client: "SyncPrefectClient") -> "list[Settled]":
     return reconcile(client, starting=True)
 
 
-def _prepare_automations(client: "SyncPrefectClient") -> list[str]:
-    if importlib.util.find_spec("flows.automations") is None:
-        return []
-    return importlib.import_module("flows.automations").prepare(client)
-
-
 def register(file: Path, folder: Path, environment: Mapping[str, str]) -> None:
     """Register every deployment of a file with the server.
 
@@ -287,6 +283,10 @@ def register(file: Path, folder: Path, environment: Mapping[str, str]) -> None:
             f"Deployments of '{file}' were refused (exit code {done.returncode}), expected all to be registered. "
             f"Prefect's words:\n{(done.stdout + done.stderr)[-2500:]}"
         )
+
+
+def _is_ready(program: Child, port: int, health: str) -> bool:
+    return children.listens(program.process.pid, port) and answers(health)
 
 
 def _until(ready: Callable[[], bool], program: Child, stop: threading.Event) -> None:

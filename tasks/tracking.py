@@ -212,6 +212,11 @@ def client() -> "MlflowClient":
         with FileLock(f"{database}.lock") if database is not None else nullcontext():  # one process makes the tables
             found.search_experiments(max_results=1)
     except (MlflowException, OSError) as error:
+        if "401" in str(error):
+            raise ArtifactError(
+                f"MLflow server '{uri}' asks who is there and does not know the answer. Set MLFLOW_TRACKING_USERNAME "
+                "and MLFLOW_TRACKING_PASSWORD."
+            ) from error
         raise ArtifactError(
             f"MLflow store '{uri}' does not answer ({error}). Start the server, or set STILLHOUSE_MLFLOW_URI."
         ) from error

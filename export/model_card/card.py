@@ -1,6 +1,6 @@
 """``model_card.md`` and ``model_card.html`` of a run that was accepted.
 
-What people state (what it is for) is the recipe's ``description``; everything else is read from the run's files, and
+What people state (use, licences) is the recipe's section ``card``; everything else is read from the run's files, and
 what is not in them is "not stated" or "not measured".
 """
 
@@ -163,17 +163,18 @@ def _use(recipe: Mapping[str, Any], row: Mapping[str, Any], manifests: Sequence[
             f"On corrupted test images it is right on {show(row['accuracy_corrupted'], 'share')} of them, on clean "
             f"ones on {show(row.get('accuracy'), 'share')}."
         )
-    stated = recipe.get("description")
+    stated = _stated(recipe)
+    intended = stated.get("intended") or recipe.get("description")
     return Part(
         "Intended and unsuited use",
-        [f"Intended, as the recipe's description says: {stated}" if stated else f"Intended use: {NOT_STATED}.",
-         "Unsuited, as far as the evidence goes:"],
-        points=points,
-    )  # fmt: skip
+        [f"Intended: {intended}" if intended else f"Intended use: {NOT_STATED}.", "Unsuited:"],
+        points=[*stated.get("unsuited", ()), *points],
+    )
 
 
 def _teachers(run: RunFolder, recipe: Mapping[str, Any]) -> Part:
     measured = {row.get("name"): row for row in run.teachers}
+    licences = _stated(recipe).get("teacher_licences") or {}
     rows = []
     for teacher in recipe.get("teachers", ()):
         source = teacher.get("source") or {}
@@ -183,7 +184,7 @@ def _teachers(run: RunFolder, recipe: Mapping[str, Any]) -> Part:
                 "name": teacher["name"],
                 "kind": (teacher.get("model") or {}).get("kind") or "black box",
                 "source": " ".join(str(source[key]) for key in ("kind", "path") if source.get(key)),
-                "licence": teacher.get("licence") or source.get("licence"),
+                "licence": licences.get(teacher["name"]),
                 "in_panel": found.get("in_panel"),
                 "accuracy": found.get("accuracy"),
             }
@@ -205,7 +206,6 @@ def _data(run: RunFolder, recipe: Mapping[str, Any]) -> Part:
         Column("images", "images", "", "count"),
         Column("sha256", "SHA-256 of images, labels and ids", "", missing="not recorded"),
     )
-    licence = (recipe.get("data") or {}).get("licence") or NOT_STATED
     return Part(
         "Data",
         [
@@ -214,7 +214,7 @@ def _data(run: RunFolder, recipe: Mapping[str, Any]) -> Part:
         ],
         [
             ("Source", str(entry.get("name") or (recipe.get("data") or {}).get("kind"))),
-            ("Licence", str(licence)),
+            ("Licence", _stated(recipe).get("data_licence") or NOT_STATED),
             ("SHA-256 of all", str(entry.get("output") or "not recorded")),
         ],
         [table(rows, columns)],
@@ -416,6 +416,10 @@ def _change(run: RunFolder, row: Mapping[str, Any]) -> Part:
         [f"The champion is version {champion.get('version')}, {champion.get('file')} of run {champion.get('run')}."],
         tables=[table(rows, CHANGES)],
     )
+
+
+def _stated(recipe: Mapping[str, Any]) -> Mapping[str, Any]:
+    return recipe.get("card") or {}
 
 
 def _shape(sizes: Iterable[int]) -> str:

@@ -24,8 +24,12 @@ seed: 3
 data: {kind: fashion_mnist}
 teachers:
 - {name: teacher-resnet, model: {kind: residual_cnn}, source: {kind: train}}
-- {name: teacher-convnext, source: {kind: outputs, path: /data/answers.npz}, licence: CC-BY-4.0}
+- {name: teacher-convnext, source: {kind: outputs, path: /data/answers.npz}}
 distill: {losses: [{kind: cross_entropy, weight: 0.5}, {kind: kd, weight: 0.5, temperature: 2.0}], train: {epochs: 7}}
+card:
+  unsuited: [Sorting what people wear on the street.]
+  data_licence: MIT
+  teacher_licences: {teacher-convnext: CC-BY-4.0}
 """
 
 
@@ -56,6 +60,9 @@ def test_the_card_has_every_part_and_says_where_nothing_is_known(folder):
     assert "residual_cnn | train | *not stated" in parts["Teachers"].replace("| not", "| *not")
     assert "CC-BY-4.0" in parts["Teachers"]
     assert "black box" in parts["Teachers"]
+    assert "Intended: Tells <ten> kinds" in parts["Intended and unsuited use"]
+    assert "- Sorting what people wear on the street." in parts["Intended and unsuited use"]
+    assert "Licence: MIT" in parts["Data"]
     assert "test-0a1b2c" in parts["Data"]
     assert "cross_entropy (weight 0.5), kd (weight 0.5, temperature 2.0)" in parts["Training and compression"]
     assert "student-float32" in parts["Results on this hardware"]

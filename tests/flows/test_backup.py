@@ -20,8 +20,8 @@ from compression.errors import ArtifactError, InputError
 from flows.backup import back_up, restore
 from tasks.artifacts import Artifact, Store
 from tasks.settings import settings
-from tests.flows.test_browser import tiny_recipe
 from tests.flows.test_compress import environment, newest, stillhouse
+from tests.flows.tiny_recipe import tiny_recipe
 
 RUN = """
 import sys

@@ -27,19 +27,12 @@ FLAGS = (
 ).split()
 
 
-def small() -> dict[str, Any]:
-    raw = tiny_recipe(images=600, epochs=8)
-    raw["quantize"] = None
-    raw["targets"] = [{"kind": "onnxruntime", "name": "cpu", "precision": "float32"}]
-    return raw
-
-
 @pytest.fixture(scope="module")
 def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningUp]:
     """``stillhouse up`` with the real deployments, and a root whose recipes are the shipped ones and a tiny one."""
     folder = tmp_path_factory.mktemp("browser")
     shutil.copytree(ROOT / "recipes", folder / "recipes")
-    (folder / "recipes" / "tiny.yaml").write_text(yaml.safe_dump(small(), sort_keys=False))
+    (folder / "recipes" / "tiny.yaml").write_text(yaml.safe_dump(tiny_recipe(), sort_keys=False))
     deployments = yaml.safe_load((ROOT / "prefect.yaml").read_text())
     by_name = {each["name"]: each for each in deployments["deployments"]}
     by_name["nightly"]["parameters"]["recipes"] = ["tiny"]

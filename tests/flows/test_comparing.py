@@ -52,14 +52,13 @@ print(json.dumps(answers))
 
 
 def two_targets() -> dict[str, Any]:
-    raw = tiny_recipe("digits", epochs=2, batch_size=64)
+    raw = tiny_recipe("digits", images=500, epochs=2, batch_size=64)
     raw["search"]["train"]["epochs"] = 2
     raw["distill"]["control"] = True
-    raw["targets"] = [
-        {"kind": "onnxruntime", "name": "cpu", "precision": "float32"},
-        raw["targets"][1] | {"compute_capabilities": ["SM86"], "precision": "float16"},
-    ]
-    raw |= {"quantize": None, "robustness": None, "attention": None}
+    raw["targets"].append(
+        {"kind": "tensorrt_rtx", "name": "rtx", "compute_capabilities": ["SM86"], "precision": "float16"}
+    )
+    raw |= {"robustness": None, "attention": None}
     return raw
 
 

@@ -50,7 +50,7 @@ with running(NIGHT):
 
 
 def small_night(name: str) -> dict[str, Any]:
-    raw = tiny_recipe(name)
+    raw = tiny_recipe(name, images=500, epochs=5)
     raw["quantize"] = {"kind": "qat", "train": {"epochs": 2, "batch_size": 64, "learning_rate": 0.0004}}
     raw |= {"sensitivity": None, "robustness": None, "attention": None}
     raw["targets"] = [{"kind": "onnxruntime", "name": "cpu", "precision": "int8"}]

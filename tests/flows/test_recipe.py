@@ -57,6 +57,7 @@ def change(place: str, value: object) -> dict:
         ("quantize", None, "(whole recipe)", "has precision int8"),
         ("policy.max_accuracy_drop", 3, "policy.max_accuracy_drop", "less than or equal to 1"),
         ("targets.0.precision", "int2", "targets.0.precision", "'int2'"),
+        ("card.teacher_licences", {"nobody": "MIT"}, "(whole recipe)", "expected one of the teachers residual"),
         ("name", "My Parts", "name", "match"),
     ],
 )

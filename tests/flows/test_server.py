@@ -1,11 +1,14 @@
 """``stillhouse up`` with its real server, worker, schedule and MLflow UI."""
 
 import json
+import os
 import socket
 import subprocess
 import sys
+import threading
 import urllib.request
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import psutil
@@ -16,7 +19,7 @@ from flows.ports import answers, free_port
 from flows.server import running_server
 from flows.server import up as start
 from tasks.settings import settings
-from tests.flows.running_up import RunningUp, wait_for
+from tests.flows.running_up import ROOT, RunningUp, wait_for
 from tests.flows.sleepy import left_of
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
@@ -146,6 +149,33 @@ def test_a_port_in_use_is_refused_with_the_option_to_change() -> None:
             free_port("Prefect", port)
     assert "--prefect-port" in str(caught.value)
     assert "pid" in str(caught.value)
+
+
+def test_a_server_of_somebody_else_at_the_port_is_not_taken_for_ours(home: Path) -> None:
+    """As when another program takes the port between the look at it and the start."""
+
+    class Healthy(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None: ...
+
+    code = (
+        "import sys; from flows import ports, server\n"
+        "server.free_port = lambda name, *_: int(sys.argv[1]) if name == 'Prefect' else ports.any_port()\n"
+        "sys.exit(server.up())"
+    )
+    with ThreadingHTTPServer(("127.0.0.1", 0), Healthy) as other:
+        threading.Thread(target=other.serve_forever, daemon=True).start()
+        command = [sys.executable, "-c", code, str(other.server_port)]
+        environment = {**os.environ, "STILLHOUSE_ROOT": str(home), "PREFECT_HOME": str(home / "prefect")}
+        environment["PYTHONPATH"] = str(ROOT)
+        done = subprocess.run(command, env=environment, cwd=home, capture_output=True, text=True, check=False)
+        other.shutdown()
+    assert done.returncode == 3, done.stdout + done.stderr
+    assert "Prefect server (pid" in done.stdout
+    assert "already in use" in done.stdout
 
 
 def test_a_stale_state_file_is_no_running_server(home: Path) -> None:
