@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 # Two processes of one thread each; the tests of a file stay together, since they share what is dear to make.
 TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
-.PHONY: setup demo test test-slow test-servers test-all check format up bench lock clean
+.PHONY: setup demo test test-slow test-servers test-long test-all check format up bench lock clean
 
 setup: $(STAMP)
 
@@ -25,8 +25,11 @@ test: setup  ## The quick suite: under 10 minutes on 2 cores
 test-slow: setup  ## Whole recipes, killed and resumed, and what only a started run finds; CI runs them too
 	$(TESTS) -m "slow and not servers and not browser"
 
-test-servers: setup  ## Nights, kills, approvals, clusters and databases with their real servers: about an hour
-	$(TESTS) -m "servers and not browser"
+test-servers: setup  ## Approvals, news, passwords, databases, comparison with their real servers; CI runs them too
+	$(TESTS) -m "servers and not long and not browser"
+
+test-long: setup  ## Nights, kills in every stage, reconciling and clusters with their real servers: about half an hour
+	$(TESTS) -m "long and not browser"
 
 test-all: setup  ## Also the slow tests and the real browser
 	$(BIN)/python -m pytest

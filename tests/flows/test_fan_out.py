@@ -37,7 +37,7 @@ if __name__ == "__main__":
 """
 DETERMINED = ("data", "teacher", "teacher_outputs", "select", "distill", "quantize")
 """Stages whose artifacts are a function of the recipe: nothing in them is timed."""
-slow = [pytest.mark.servers, pytest.mark.e2e, pytest.mark.timeout(1500)]
+slow = [pytest.mark.servers, pytest.mark.long, pytest.mark.e2e, pytest.mark.timeout(1500)]
 
 
 def two_of_each() -> dict[str, Any]:

@@ -20,7 +20,7 @@ from export.regression.compare import ALARMING, SAME_FILE
 from tests.flows.running_up import ROOT, RunningUp, wait_for
 from tests.flows.tiny_recipe import tiny_recipe
 
-pytestmark = [pytest.mark.servers, pytest.mark.e2e, pytest.mark.timeout(1500)]
+pytestmark = [pytest.mark.servers, pytest.mark.long, pytest.mark.e2e, pytest.mark.timeout(1500)]
 
 DEPLOYMENTS = """
 name: test

@@ -22,7 +22,7 @@ EVERY = 10
 
 SHOW = "from rich.console import Console; from flows.reconcile import show_reconciled; show_reconciled(Console())"
 
-with_servers = [pytest.mark.e2e, pytest.mark.servers, pytest.mark.timeout(900)]
+with_servers = [pytest.mark.e2e, pytest.mark.servers, pytest.mark.long, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module")

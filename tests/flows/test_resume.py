@@ -16,7 +16,7 @@ import yaml
 from benchmarks.killing import FOLDER, Place, artifacts, differing, faults, kill, parents, prefect_server
 from tests.flows.test_compress import tiny_recipe
 
-pytestmark = [pytest.mark.e2e, pytest.mark.servers, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.e2e, pytest.mark.servers, pytest.mark.long, pytest.mark.timeout(1800)]
 
 TRAINED = ("teacher", "search", "distill", "quantize")
 
