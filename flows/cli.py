@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from flows import deltas, operating
+from flows import bundling, deltas, operating
 
 if TYPE_CHECKING:
     from flows.recipe import Recipe
@@ -30,6 +30,7 @@ app = typer.Typer(
 )
 app.add_typer(deltas.app, rich_help_panel="Measuring and comparing")
 app.add_typer(operating.app)
+app.add_typer(bundling.app)
 console = Console()
 problems = Console(stderr=True)
 

@@ -1,0 +1,1 @@
+"""Devices: the agent that runs on them, how bundles get there, and which devices there are."""
