@@ -6,6 +6,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.prompt import Confirm
 from rich.table import Table
@@ -93,8 +94,9 @@ def show_models(console: Console, name: str | None = None) -> None:
     if not models:
         console.print("No model is registered. An accepted file is: stillhouse compress recipes/digits.yaml")
     for model in models:
-        columns = ("version", "alias", "accuracy", "p50", "size", "verdict", "registered", "promoted")
-        table = Table(*columns, title=model)
+        table = Table(title=model, box=SIMPLE_HEAD)  # without lines it fits a terminal of 80 columns
+        for column in ("version", "alias", "accuracy", "p50", "size", "registered", "promoted"):
+            table.add_column(column, no_wrap=column != "promoted")
         for version in registry.versions(model):
             table.add_row(*_cells(version))
         console.print(table)
@@ -106,18 +108,19 @@ def show_models(console: Console, name: str | None = None) -> None:
 def _cells(version: Version) -> tuple[str, ...]:
     facts, tags = facts_of(version), version.tags
     at, by = tags.get("promoted_at", ""), tags.get("promoted_by", "")
-    past = f"{at[:16]} by {by}" if at else NONE
+    past = f"{at[:10]} by {by}" if at else NONE
+    if tags.get("verdict", "accept") != "accept":
+        past = f"{tags['verdict']}, {past}"
     for mark, said in (("rolled_back", "rolled back"), ("declined", "declined")):
         if f"{mark}_because" in tags:
-            past = f"{said} {tags.get(f'{mark}_at', '')[:16]}: {tags[f'{mark}_because']}"
+            past = f"{said} {tags.get(f'{mark}_at', '')[:10]}: {tags[f'{mark}_because']}"
     return (
         str(version.version),
-        ", ".join(version.aliases) or NONE,
+        "\n".join(version.aliases) or NONE,
         show(facts.accuracy, "share"),
         show(facts.latency_p50_ms, "ms"),
         show(facts.size_bytes, "bytes"),
-        tags.get("verdict", "accept"),
-        f"{version.created:%Y-%m-%dT%H:%M}",
+        f"{version.created:%Y-%m-%d}",
         past,
     )
 
