@@ -75,7 +75,7 @@ class RunningUp:
         )
         for wait in (0.5, 1.0, 2.0, 4.0, None):
             try:
-                with urllib.request.urlopen(request, timeout=30) as response:
+                with urllib.request.urlopen(request, timeout=120) as response:
                     content = response.read()
                 return json.loads(content) if content else None
             except urllib.error.HTTPError as error:
