@@ -23,12 +23,12 @@ test: setup  ## The quick suite: under 10 minutes on 2 cores
 	$(TESTS) -m "not slow and not servers and not browser"
 
 test-slow: setup  ## Whole recipes, killed and resumed, and what only a started run finds; CI runs them too
-	$(TESTS) -m "slow and not servers and not browser"
+	$(TESTS) -m "slow and not servers and not long and not browser"
 
 test-servers: setup  ## Approvals, news, passwords, databases, comparison with their real servers; CI runs them too
 	$(TESTS) -m "servers and not long and not browser"
 
-test-long: setup  ## Nights, kills in every stage, reconciling and clusters with their real servers: about half an hour
+test-long: setup  ## Nights, kills in every stage and at every system call, clusters: about an hour
 	$(TESTS) -m "long and not browser"
 
 test-all: setup  ## Also the slow tests and the real browser

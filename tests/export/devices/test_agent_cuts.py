@@ -80,7 +80,8 @@ def test_killed_before_any_change_it_has_a_whole_model_and_goes_on(tmp_path: Pat
     assert tried >= 45
 
 
-@pytest.mark.sweep
+@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("kind", BUNDLES)
 def test_killed_at_any_call_it_has_a_whole_model_and_goes_on(tmp_path: Path, kind: str) -> None:
     tried, wrong = sweep(tmp_path, kind, cuts.MUTATING + cuts.OTHERS, 1)
