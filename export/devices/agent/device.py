@@ -124,7 +124,12 @@ class Device:
             here = self.statement(self.active)
             if here == statement:
                 return self._report(statement, "committed", {"note": "It is the active one."}, queue=False)
-            choice = self._acceptable(bundle, again)
+            try:
+                choice = self._acceptable(bundle, again)
+            except Refused as error:
+                known = error.code == "refused before"  # and reported then
+                self._report(statement, "refused", {"code": error.code, "text": str(error)}, queue=not known)
+                raise
             slot = SLOTS[1] if self.active == SLOTS[0] else SLOTS[0]
             self._journal("staging", slot=slot)
             durable.erase(self.slot(slot))

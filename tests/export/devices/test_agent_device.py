@@ -189,6 +189,8 @@ def test_a_bundle_for_other_devices_is_refused_with_the_field_that_differs(
         device.install(bundle(1, change=other))
     assert caught.value.code == "device"
     assert says in str(caught.value)
+    (waiting,) = device.reports()
+    assert json.loads(waiting.read_text())["code"] == "device"  # whoever ordered it is told
     assert active(device) is None
 
 

@@ -12,9 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-pytest.importorskip("tuf", reason="needs tuf")
-
 from securesystemslib.signer import CryptoSigner
 
 from export.devices import repository as repositories
