@@ -83,7 +83,8 @@ class Recipe(Frozen, title="Written out"):
         names = [teacher.name for teacher in self.teachers]
         _refuse_repeats("teachers", names)
         _refuse_repeats("targets", [target.name for target in self.targets])
-        strangers = [name for name in self.card.teacher_licences if name not in names]
+        _refuse_repeats("card.teacher_licences", [each.teacher for each in self.card.teacher_licences])
+        strangers = [each.teacher for each in self.card.teacher_licences if each.teacher not in names]
         if strangers:
             raise ValueError(
                 f"card.teacher_licences has '{strangers[0]}', expected one of the teachers {', '.join(names)}."

@@ -174,7 +174,7 @@ def _use(recipe: Mapping[str, Any], row: Mapping[str, Any], manifests: Sequence[
 
 def _teachers(run: RunFolder, recipe: Mapping[str, Any]) -> Part:
     measured = {row.get("name"): row for row in run.teachers}
-    licences = _stated(recipe).get("teacher_licences") or {}
+    licences = {each["teacher"]: each["licence"] for each in _stated(recipe).get("teacher_licences") or ()}
     rows = []
     for teacher in recipe.get("teachers", ()):
         source = teacher.get("source") or {}

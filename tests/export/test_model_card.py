@@ -29,7 +29,7 @@ distill: {losses: [{kind: cross_entropy, weight: 0.5}, {kind: kd, weight: 0.5, t
 card:
   unsuited: [Sorting what people wear on the street.]
   data_licence: MIT
-  teacher_licences: {teacher-convnext: CC-BY-4.0}
+  teacher_licences: [{teacher: teacher-convnext, licence: CC-BY-4.0}]
 """
 
 

@@ -57,7 +57,12 @@ def change(place: str, value: object) -> dict:
         ("quantize", None, "(whole recipe)", "has precision int8"),
         ("policy.max_accuracy_drop", 3, "policy.max_accuracy_drop", "less than or equal to 1"),
         ("targets.0.precision", "int2", "targets.0.precision", "'int2'"),
-        ("card.teacher_licences", {"nobody": "MIT"}, "(whole recipe)", "expected one of the teachers residual"),
+        (
+            "card.teacher_licences",
+            [{"teacher": "nobody", "licence": "MIT"}],
+            "(whole recipe)",
+            "of the teachers residual",
+        ),
         ("name", "My Parts", "name", "match"),
     ],
 )
@@ -147,7 +152,8 @@ def test_yaml_cannot_run_code(tmp_path: Path) -> None:
 
 
 def test_the_form_has_tabs_not_a_json_box() -> None:
-    """Prefect's form shows `anyOf` as tabs and `oneOf` with a discriminator as raw JSON."""
+    """Prefect's form shows `anyOf` as tabs; `oneOf` with a discriminator, and a mapping with any names, as raw JSON."""
     schema = str(Recipe.model_json_schema())
+    assert "'additionalProperties': {" not in schema
     assert "oneOf" not in schema
     assert "discriminator" not in schema
