@@ -27,6 +27,13 @@ OTHERS = ("openat", "close", "read", "readlink", "flock", "newfstatat", "lseek",
 RESTARTS = 3
 
 
+def can_trace() -> bool:
+    """Whether strace is here and may look into a process."""
+    if shutil.which("strace") is None:
+        return False
+    return subprocess.run(["strace", "-o", "/dev/null", "true"], capture_output=True, check=False).returncode == 0
+
+
 @dataclass(frozen=True)
 class Point:
     """The n-th call of that name in the whole process."""

@@ -4,7 +4,6 @@ Broken variants of the agent must not pass, or these tests say nothing.
 """
 
 import os
-import shutil
 from pathlib import Path
 
 import pytest
@@ -16,7 +15,7 @@ from tests.export.devices import cuts
 from tests.export.devices import made_up_bundle as made_up
 
 pytestmark = [
-    pytest.mark.skipif(shutil.which("strace") is None, reason="needs strace"),
+    pytest.mark.skipif(not cuts.can_trace(), reason="needs strace, and leave to trace"),
     pytest.mark.timeout(3000),
 ]
 BEFORE, AFTER = 2, 3
