@@ -20,7 +20,10 @@ ALLOWED = {"cryptography", "numpy", "onnxruntime", "tuf"}
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
 def test_its_syntax_is_that_of_python_3_9(file: Path) -> None:
-    ast.parse(file.read_text(encoding="utf-8"), feature_version=(3, 9))
+    source = file.read_text(encoding="utf-8")
+    assert ast.dump(ast.parse(source, feature_version=(3, 9))) == ast.dump(ast.parse(source))
+    with pytest.raises(SyntaxError):  # what is newer is noticed
+        ast.parse(source + "\nmatch 1:\n    case _: pass\n", feature_version=(3, 9))
 
 
 def test_it_imports_the_standard_library_and_little_else() -> None:
