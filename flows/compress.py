@@ -53,7 +53,7 @@ from tasks.quantize import quantize_student  # noqa: E402
 from tasks.robustness import measure_robustness  # noqa: E402
 from tasks.run_folder import read_rows, save_summary, write_run_folder  # noqa: E402
 from tasks.running import AlreadyRunning, IfRunning, running  # noqa: E402
-from tasks.search import search  # noqa: E402
+from tasks.search import check_device, search  # noqa: E402
 from tasks.sensitivity import measure_sensitivity  # noqa: E402
 from tasks.settings import settings  # noqa: E402
 from tasks.sparsify import sparsify_student  # noqa: E402
@@ -438,6 +438,8 @@ def preflight(recipe: Recipe) -> Store:
         ArtifactError: the store or the MLflow database cannot be written, or the disk is full.
     """
     check_fan_out()
+    if recipe.search is not None:
+        check_device(recipe.search)
     check_source(recipe.data)
     if recipe.unlabelled is not None:
         check_source(recipe.unlabelled)

@@ -16,10 +16,12 @@ from compression.statistics import Interval
 from export.comparison import show
 from export.promotion import PromotionDecision, VersionFacts
 from tasks import registry, tracking
+from tasks.feedback import running_on
 from tasks.promotion import decide, facts_of
 from tasks.registry import Version
 
 NONE = "-"
+DEVICES_SHOWN = 12
 
 
 def describe(version: Version, decision: PromotionDecision) -> str:
@@ -83,7 +85,7 @@ def evidence_of(version: Version) -> list[str]:
 
 
 def show_models(console: Console, name: str | None = None) -> None:
-    """Every version of a model, or of all, with what was measured and who made it champion.
+    """Every version of a model, or of all, with what was measured and who made it champion; of one also its devices.
 
     Raises:
         InputError: there is no such model.
@@ -100,6 +102,10 @@ def show_models(console: Console, name: str | None = None) -> None:
         for version in registry.versions(model):
             table.add_row(*_cells(version))
         console.print(table)
+        for number, devices in running_on(model).items() if name is not None else ():
+            named = ", ".join(devices[:DEVICES_SHOWN])
+            more = f" and {len(devices) - DEVICES_SHOWN} more" if len(devices) > DEVICES_SHOWN else ""
+            console.print(f"version {number} runs on {named}{more}", markup=False, highlight=False)
         for row in registry.history(model) if name is not None else ():
             text = f"{row['at'][:16]}  version {row['version']} {row['event']} by {row['by']}: {row['because']}"
             console.print(text, markup=False, highlight=False)

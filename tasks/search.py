@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from compression.checkpoint import load_checkpoint
 from compression.data import open_dataset, with_pool
 from compression.distill import DistillConfig, distill
 from compression.distill.procedures import Training
+from compression.errors import InputError
 from compression.metrics import evaluate
 from compression.search import AnySearch
 from compression.search.bank import PastTrial, past_trials, read_bank, task_of, write_bank
@@ -23,7 +25,16 @@ from compression.search.task_embedding import data_hash, embedding_of
 from compression.search.trials import Latency, Score, TrialResult
 from compression.teacher_outputs import StoredOutputs
 from compression.train import TrainConfig
-from export.latency_model import NETS, FittedLatency, build_latency_model
+from export.latency_model import (
+    NETS,
+    DeviceFactor,
+    DevicePoint,
+    FittedLatency,
+    build_latency_model,
+    factor_of,
+    kept_latency_model,
+    points_of,
+)
 from export.onnx_graph import to_onnx
 from export.timing import latency_beside, latency_p50_ms
 from tasks import tracking
@@ -59,10 +70,56 @@ def latency_model_for(
         if report is not None:
             report("measuring networks for the latency model", done, total)
 
-    place = settings().home_dir / "latency" if folder is None else folder
+    place = latency_folder() if folder is None else folder
     return build_latency_model(
         input_shape, batch=batch, folder=place, nets=settings().latency_networks or NETS, on_progress=on_progress
     )
+
+
+def latency_folder() -> Path:
+    """Where the tables of this machine are kept, and what devices reported."""
+    return settings().home_dir / "latency"
+
+
+def require_points(device: str) -> tuple[DevicePoint, ...]:
+    """What a device measured.
+
+    Raises:
+        InputError: nothing.
+    """
+    points = points_of(latency_folder(), device)
+    if not points:
+        raise InputError(f"Device '{device}' has no measured model, expected one. Roll a bundle out to it first.")
+    return points
+
+
+def device_factor(device: str) -> DeviceFactor:
+    """How many times as long as predicted here a device takes; nothing is measured for it.
+
+    Raises:
+        InputError: the device has reported on no model, or on none whose image size this machine has a table for.
+    """
+    points = require_points(device)
+
+    @cache
+    def table_for(input_shape: tuple[int, int, int], batch: int) -> FittedLatency | None:
+        nets = settings().latency_networks or NETS
+        return kept_latency_model(input_shape, batch=batch, folder=latency_folder(), nets=nets)
+
+    found = factor_of(points, table_for)
+    if found is None:
+        size = "x".join(map(str, points[-1].input_shape))
+        raise InputError(
+            f"Device '{device}' has measured models for images {size}, for which this machine has no latency model, "
+            f"expected one to compare with. Measure it: stillhouse latency {size} --batch 1"
+        )
+    return found
+
+
+def check_device(config: AnySearch) -> None:
+    """Refuse a budget in the milliseconds of a device that has not reported; see ``device_factor``."""
+    if config.device is not None:
+        device_factor(config.device)
 
 
 class Clock:
@@ -93,13 +150,24 @@ class Clock:
         return Latency(p50 * self.reference_ms, p95 * self.reference_ms)
 
 
+def search(*, name: str, config: AnySearch, **inputs: Any) -> StageResult:
+    """The stage ``search``; the factor of the device, where the budget is in its milliseconds, is one of its inputs.
+
+    Raises:
+        InputError: the device has no factor.
+    """
+    if config.device is not None:
+        inputs["device_factor"] = device_factor(config.device).factor
+    return search_students(name=name, config=config, **inputs)
+
+
 @stage(
     "search",
     code=(*TRAINING_CODE, "compression.search", "compression.distill", "export.timing", "export.latency_model"),
     libraries=("torch", "torch-pruning", "optuna", "onnxruntime-gpu"),
     tags=("training",),
 )
-def search(
+def search_students(
     work: Work,
     *,
     name: str,
@@ -113,11 +181,15 @@ def search(
     machine: str,
     seed: int,
     sensitivity: StageResult | None = None,
+    device_factor: float | None = None,
 ) -> StageOutput:
     """Try students of all spaces; keep every trial, and the finalists as they were before training.
 
-    ``sensitivity`` is the table of the best teacher, for spaces that start from it.
+    ``sensitivity`` is the table of the best teacher, for spaces that start from it. With ``device_factor`` the budget
+    is in the milliseconds of a device: it is divided by the factor, and all else stays in those of this machine.
     """
+    if device_factor is not None and config.max_latency_ms is not None:
+        config = config.model_copy(update={"max_latency_ms": config.max_latency_ms / device_factor})
     dataset = open_dataset(work.open(data))
     parents = {teacher: load_checkpoint(work.open(result)) for teacher, result in teachers.items()}
     stored = [StoredOutputs.open(work.open(result)) for result in panel.values()]
@@ -223,6 +295,10 @@ def search(
         "finalists": [f"{trial.space} {trial.choices}" for trial in result.chosen],
         "knee": result.knee.number,
     }
+    if device_factor is not None:
+        info["device"] = {"name": config.device, "factor": device_factor, "max_latency_ms_here": config.max_latency_ms}
+        metrics |= {"device_factor": device_factor}
+        metrics |= {"finalist_device_p50_ms": metrics["finalist_latency_p50_ms"] * device_factor}
     if predictor is not None and (held := predictor.table.held_out) is not None:
         metrics |= {"latency_model_median_error": held.median_error, "latency_model_kendall_tau": held.kendall_tau}
     if (shop / "predictor.json").is_file():

@@ -42,7 +42,7 @@ from compression.search.space import LatencyModel, StartTraining, Workshop
 from compression.search.spaces import AnySpace
 from compression.search.trials import OBJECTIVES, Objective, TrialResult, write_trials
 from compression.train import TrainConfig
-from compression.types import Frozen
+from compression.types import Frozen, Slug
 
 if TYPE_CHECKING:
     from compression.quantize.sensitivity import Sensitivity
@@ -82,6 +82,8 @@ class Study(Frozen):
     """Most multiply-accumulates as a share of the best teacher's."""
     max_latency_ms: Annotated[float, Field(gt=0.0)] | None = None
     """Highest p50 latency of one call at ``batch``."""
+    device: Slug | None = None
+    """A device that has reported: max_latency_ms is then in its milliseconds, not in those of this machine."""
     max_latency_share: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
     """Highest p50 latency as a share of the best teacher's."""
     max_size_kib: Annotated[float, Field(gt=0.0)] | None = None
@@ -114,6 +116,15 @@ class Study(Frozen):
             )
         if self.latency == "predicted" and "latency_p95_ms" in self.objectives:
             raise ValueError("objectives have latency_p95_ms, which is only measured. Set latency to measured.")
+        return self
+
+    @model_validator(mode="after")
+    def _device_has_a_budget(self) -> Self:
+        if self.device is not None and (self.max_latency_ms is None or self.batch != 1):
+            raise ValueError(
+                f"device is '{self.device}' with max_latency_ms {self.max_latency_ms} and batch {self.batch}, expected "
+                "a budget for one image, as devices measure. Set max_latency_ms, and batch to 1."
+            )
         return self
 
     @property

@@ -15,12 +15,25 @@ not divide the channels (of a depthwise convolution, or of an input of a block a
 from export.latency_model.build import NETS, build_latency_model
 from export.latency_model.clocks import OnnxRuntimeClock, TensorRtClock, Timing
 from export.latency_model.fit import FittedLatency, held_out
+from export.latency_model.on_device import (
+    DeviceFactor,
+    DeviceLatency,
+    DevicePoint,
+    add_points,
+    factor_of,
+    kept_latency_model,
+    operators_in_blocks,
+    points_of,
+)
 from export.latency_model.operators import in_blocks, macs_of, operators_of
 from export.latency_model.sample import max_macs_of, sample_nets
 from export.latency_model.table import HeldOut, LatencyTable, Row
 
 __all__ = [
     "NETS",
+    "DeviceFactor",
+    "DeviceLatency",
+    "DevicePoint",
     "FittedLatency",
     "HeldOut",
     "LatencyTable",
@@ -28,11 +41,16 @@ __all__ = [
     "Row",
     "TensorRtClock",
     "Timing",
+    "add_points",
     "build_latency_model",
+    "factor_of",
     "held_out",
     "in_blocks",
+    "kept_latency_model",
     "macs_of",
     "max_macs_of",
+    "operators_in_blocks",
     "operators_of",
+    "points_of",
     "sample_nets",
 ]
