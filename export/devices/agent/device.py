@@ -43,9 +43,9 @@ class Device:
         }
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self, name: str = "lock") -> Iterator[None]:
         """One installation at a time; the kernel takes the lock back however this process ends."""
-        with open(self.root / "lock", "ab") as file:
+        with open(self.root / name, "ab") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
 
@@ -347,7 +347,12 @@ class Device:
         """Hand every waiting report on and forget it; how many. What cannot be delivered stays, in order."""
         sent = 0
         for path in self.reports():
-            deliver(durable.read_json(path, {}))
-            path.unlink()
-            sent += 1
+            try:
+                report = durable.read_json(path, None)
+            except ValueError:  # a damaged one says nothing to anybody
+                report = None
+            if report is not None:
+                deliver(report)
+                sent += 1
+            path.unlink(missing_ok=True)
         return sent

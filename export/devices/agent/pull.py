@@ -2,7 +2,8 @@
 
 The repository says in the target ``devices/<name>.json`` which bundle a device shall have. Metadata are verified by
 ``tuf``; the versions seen are kept in the floor besides, flushed, since a power cut can take tuf's own copies with it,
-and old metadata would be taken for new. Needs the package ``tuf``.
+and old metadata would be taken for new. Delegations are not followed: one role orders, and no other is asked. Needs the
+package ``tuf``.
 """
 
 from __future__ import annotations
@@ -12,9 +13,11 @@ import hmac
 import http.client
 import json
 import os
+import re
 import time
 import urllib.error
 import urllib.request
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Iterator, Optional
 
@@ -28,6 +31,18 @@ STALL_SECONDS = 15.0
 PAUSES = (0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 """Between attempts; the last one again and again."""
 ROLES = ("root", "timestamp", "snapshot", "targets")
+METADATA_SECONDS = 300.0
+"""A file of metadata that takes longer is one of a server that wants to keep us waiting."""
+MAX_ROTATIONS = 1 << 16
+"""The chain of roots is walked from the first one at each poll, so this is for the whole life of a device."""
+UNEXPECTED = (http.client.HTTPException, ValueError, KeyError, TypeError, RecursionError)
+"""What else comes of reading what strangers write: it must not end an agent that polls for ever."""
+MAX_ORDER = 64 << 10
+MAX_BUNDLE = package.MAX_BYTES + package.MAX_ENVELOPE + 12
+TAG = re.compile(r'"[!#-~]{0,200}"')
+"""Entity tags that are sent back. What else a server says could make the next one refuse our requests for ever."""
+LEFT = re.compile(r"[0-9a-f]{64}\.(part|etag|edgepkg)")
+"""Downloads of the inbox."""
 
 
 def poll(device: Device, patience_s: float = 3600.0) -> dict[str, Any]:
@@ -40,40 +55,76 @@ def poll(device: Device, patience_s: float = 3600.0) -> dict[str, Any]:
     base = str(device.config["repository"]).rstrip("/")
     if not base:
         raise Refused("no repository", "config.json names no repository, expected its address.")
+    with device.locked("polling"):  # two at once would write one download
+        return _poll(device, base, patience_s)
+
+
+def _poll(device: Device, base: str, patience_s: float) -> dict[str, Any]:
     updater, exceptions = _updater(device, base)
     try:
         updater.refresh()
         _keep_floor(device)
-        wanted = updater.get_targetinfo(f"devices/{device.config['device']}.json")
-        if wanted is None:
+        order = _order(device, updater)
+        if order is None:
             return {"phase": "nothing", "text": "The repository has nothing for this device."}
-        order = json.loads(Path(updater.download_target(wanted)).read_bytes())
         if order["seq"] <= device.floor["seq"].get(order["name"], 0):
             return {"phase": "nothing", "text": f"{order['name']} {order['seq']} was installed here before."}
         info = updater.get_targetinfo(order["bundle"])
-        if info is None:
-            raise Refused("repository", f"The repository has no '{order['bundle']}', expected the bundle it names.")
-    except (exceptions.RepositoryError, exceptions.DownloadError, KeyError, TypeError, ValueError) as error:
+    except (exceptions.RepositoryError, exceptions.DownloadError, OSError, *UNEXPECTED) as error:
         raise Refused(
             "repository", f"Repository '{base}' cannot be trusted now ({type(error).__name__}: {error})."
         ) from error
-    digest = info.hashes["sha256"]
-    if durable.read_json(device.root / "tried.json", "") == digest:
+    if info is None:
+        raise Refused("repository", f"The repository has no '{order['bundle']}', expected the bundle it names.")
+    digest = info.hashes.get("sha256")
+    if not package.DIGEST(digest) or not 0 < info.length <= MAX_BUNDLE:
+        raise Refused("repository", f"'{order['bundle']}' has no SHA-256 or {info.length} bytes, expected a bundle's.")
+    # a bundle is another attempt when it is ordered otherwise, or other keys are trusted
+    attempt = {"sha256": digest, "name": order["name"], "seq": order["seq"], "trust": device.trust.version}
+    tried = durable.read_json(device.root / "tried.json", {})
+    if isinstance(tried, dict) and tried.get("attempt") == attempt and tried["at"] <= time.time():
         return {"phase": "nothing", "text": f"{order['name']} {order['seq']} was tried here, and is not taken."}
     url = f"{base}/targets/{_hashed(order['bundle'], digest)}"
     file = fetch(url, device.root / "inbox", info.length, digest, patience_s)
     try:
+        said = package.read(file, device.trust).statement
+        if (said["name"], said["seq"]) != (order["name"], order["seq"]):
+            text = f"Bundle '{order['bundle']}' is {said['name']} {said['seq']}"
+            raise Refused("order", f"{text}, expected {order['name']} {order['seq']} as ordered.")
         return device.install(file)
     except (Refused, Failed) as error:
         if error.code not in ("disk", "trust"):
-            durable.write_json(device.root / "tried.json", digest)
+            at = time.time() if error.code == "expired" else 0.0  # a clock that is set back was wrong then
+            durable.write_json(device.root / "tried.json", {"attempt": attempt, "at": at})
         raise
     finally:
         file.unlink()
 
 
+def _order(device: Device, updater: Any) -> Optional[dict[str, Any]]:
+    """What the repository wants this device to have; None: nothing.
+
+    Raises:
+        Refused: the order, though signed, is none.
+    """
+    path = f"devices/{device.config['device']}.json"
+    wanted = updater.get_targetinfo(path)
+    if wanted is None:
+        return None
+    if wanted.length > MAX_ORDER:
+        raise Refused("order", f"Order '{path}' has {wanted.length} bytes, expected at most {MAX_ORDER}.")
+    try:
+        order = json.loads(Path(updater.download_target(wanted)).read_bytes())
+        name, seq, bundle = order["name"], order["seq"], order["bundle"]
+    except UNEXPECTED as error:
+        raise Refused("order", f"Order '{path}' cannot be read ({type(error).__name__}: {error}).") from error
+    if not isinstance(name, str) or type(seq) is not int or not package.path_is_plain(bundle):
+        raise Refused("order", f"Order '{path}' has no plain name, seq and bundle, expected them.")
+    return {"name": name, "seq": seq, "bundle": bundle}
+
+
 def deliver(device: Device) -> int:
-    """Send the reports that wait to where config.json says, oldest first; how many. The rest waits.
+    """Send the reports that wait to where config.json says, oldest first, then the status; how many. The rest waits.
 
     Each is signed with the device's secret (HMAC-SHA256), and has a key by which a second delivery is known.
     """
@@ -89,13 +140,20 @@ def deliver(device: Device) -> int:
             "x-stillhouse-device": report["device"],
             "x-stillhouse-proof": proof,
         }
-        with urllib.request.urlopen(urllib.request.Request(address, body, headers), timeout=STALL_SECONDS):
-            pass
+        try:
+            request = urllib.request.Request(address, body, headers)
+            with urllib.request.urlopen(request, timeout=STALL_SECONDS) as answer:
+                if b'"new"' not in answer.read(CHUNK):
+                    raise ConnectionError(f"'{address}' has answered something else than a place for reports")
+        except urllib.error.HTTPError as error:
+            if error.code not in (400, 413) or b'"error"' not in error.read(CHUNK):
+                raise  # only the server itself may say that a report is one it will never take
 
-    try:
-        return device.send(send)
-    except OSError:
-        return 0
+    sent = 0
+    with suppress(OSError, http.client.HTTPException, Refused), device.locked("delivering"):
+        sent = device.send(send)
+        send({"phase": "status", **device.status()})
+    return sent
 
 
 def _hashed(path: str, digest: str) -> str:
@@ -107,50 +165,86 @@ def _hashed(path: str, digest: str) -> str:
 def _updater(device: Device, base: str) -> tuple[Any, Any]:
     try:
         from tuf.api import exceptions
-        from tuf.ngclient import Updater
+        from tuf.ngclient import Updater, UpdaterConfig
         from tuf.ngclient.fetcher import FetcherInterface
     except ImportError as error:
         raise Refused("no tuf", "Package tuf is not installed, expected it for pulling. pip install tuf.") from error
 
     class Fetcher(FetcherInterface):
-        """urllib with a time limit; tuf's own one waits for two minutes."""
+        """urllib with time limits; tuf's own one waits for two minutes, and for ever when bytes come one by one."""
 
         def _fetch(self, url: str) -> Iterator[bytes]:
             try:
                 response = _open(url, {})
             except urllib.error.HTTPError as error:
                 raise exceptions.DownloadHTTPError(f"HTTP status {error.code}", error.code) from error
-            return iter(lambda: response.read(CHUNK), b"")
+            return self._chunks(response)
+
+        def _chunks(self, response: Any) -> Iterator[bytes]:
+            give_up = time.monotonic() + METADATA_SECONDS
+            with response:
+                while chunk := response.read1(CHUNK):
+                    yield chunk
+                    if time.monotonic() > give_up:
+                        raise exceptions.SlowRetrievalError(f"It took more than {METADATA_SECONDS:.0f} s")
 
     for name in ("metadata", "inbox"):
         (device.root / name).mkdir(exist_ok=True)
-    return (
-        Updater(
+    root = device.root / "root.json"
+    try:
+        updater = Updater(
             **{"metadata_dir": str(device.root / "metadata"), "metadata_base_url": f"{base}/metadata/"},
             **{"target_dir": str(device.root / "inbox"), "target_base_url": f"{base}/targets/"},
-            **{"fetcher": Fetcher(), "bootstrap": (device.root / "root.json").read_bytes()},
-        ),
-        exceptions,
-    )
+            **{"fetcher": Fetcher(), "bootstrap": root.read_bytes()},
+            config=UpdaterConfig(max_root_rotations=MAX_ROTATIONS, max_delegations=0),
+        )
+    except (exceptions.RepositoryError, OSError) as error:
+        text = f"'{root}' is no root of a repository ({error}), expected its 1.root.json. Copy it there again."
+        raise Refused("root", text) from error
+    return updater, exceptions
 
 
 def _keep_floor(device: Device) -> None:
     """Raises Refused when metadata are older than those seen before; else has them, and the floor, on disk."""
     floor, folder = device.floor, device.root / "metadata"
-    seen = dict(floor.get("repository", {}))
+    seen = {**dict.fromkeys(ROLES, 0), **floor.get("repository", {})}
+    signed = {role: json.loads((folder / f"{role}.json").read_bytes())["signed"] for role in ROLES}
+    lowest = {**seen, **dict.fromkeys(_started_anew(folder, seen["root"], signed["root"]), 0)}
     for role in ROLES:
-        found = json.loads((folder / f"{role}.json").read_bytes())["signed"]["version"]
-        if found < seen.get(role, 0):
-            for path in folder.glob("*.json"):
-                path.unlink()
-            raise Refused("replay", f"{role} metadata have version {found}, expected {seen[role]} or more.")
-        seen[role] = found
+        found, until = signed[role]["version"], signed[role]["expires"]
+        if found < lowest[role]:
+            code, text = "replay", f"version {found}, expected {lowest[role]} or more"
+        elif package.moment(until) < floor["time"]:  # whatever the clock says
+            code, text = "expired", f"been good until {until}, before the newest bundle here was made"
+        else:
+            seen[role] = found
+            continue
+        for path in folder.glob("*.json"):
+            path.unlink()
+        raise Refused(code, f"{role} metadata have {text}.")
     if seen != floor.get("repository"):
-        for path in [*folder.rglob("*.json"), folder]:
+        for path in [*folder.rglob("*.json"), folder / "root_history", folder]:
             descriptor = os.open(path, os.O_RDONLY)
             os.fsync(descriptor)
             os.close(descriptor)
         durable.write_json(device.root / "floor.json", {**floor, "repository": seen})
+
+
+def _started_anew(folder: Path, version: int, root: dict[str, Any]) -> set[str]:
+    """Roles whose versions may begin again: their keys were replaced since that root, so nothing old is signed for now.
+
+    It is how a repository recovers when somebody with stolen keys has used up the version numbers (TUF, 5.3.11).
+    """
+    try:
+        before = json.loads((folder / "root_history" / f"{version}.root.json").read_bytes())["signed"]["roles"]
+    except FileNotFoundError:
+        return set()
+    replaced = {
+        role
+        for role in ROLES[1:]
+        if len({*before[role]["keyids"]} & {*root["roles"][role]["keyids"]}) < root["roles"][role]["threshold"]
+    }
+    return replaced | ({"targets"} if "snapshot" in replaced else set())
 
 
 def _open(url: str, headers: dict[str, str]) -> Any:
@@ -164,7 +258,13 @@ def fetch(url: str, folder: Path, length: int, digest: str, patience_s: float) -
     Raises:
         Refused: other content than wanted, or nothing came for ``patience_s`` seconds.
     """
-    part, mark = folder / f"{digest}.part", folder / f"{digest}.etag"
+    part, mark, whole = (folder / f"{digest}.{kind}" for kind in ("part", "etag", "edgepkg"))
+    for path in folder.iterdir():
+        if LEFT.fullmatch(path.name) and not path.name.startswith(digest):
+            path.unlink()
+    if whole.exists():  # a kill came before it was installed
+        os.replace(whole, part)
+    most = part.stat().st_size if part.exists() else 0
     give_up, tries, reason = time.monotonic() + patience_s, 0, ""
     while (have := part.stat().st_size if part.exists() else 0) < length:
         if time.monotonic() > give_up:
@@ -172,11 +272,12 @@ def fetch(url: str, folder: Path, length: int, digest: str, patience_s: float) -
                 "network", f"'{url}' did not come: {have} of {length} bytes in time. {reason} The part is kept."
             )
         try:
-            came = _fetch_more(url, part, mark, have, length)
+            _fetch_more(url, part, mark, have, length, max(give_up, time.monotonic() + STALL_SECONDS))
         except (OSError, http.client.HTTPException, ValueError) as error:
-            came, reason = 0, f"{type(error).__name__}: {error}."
-        if came or (part.exists() and part.stat().st_size > have):
-            give_up, tries = time.monotonic() + patience_s, 0
+            reason = f"{type(error).__name__}: {error}."
+        now = part.stat().st_size if part.exists() else 0
+        if now >= min(most + CHUNK, length):  # the same bytes once more are no progress, nor are drops
+            give_up, tries, most = time.monotonic() + patience_s, 0, now
         else:
             time.sleep(PAUSES[min(tries, len(PAUSES) - 1)])
             tries += 1
@@ -187,14 +288,13 @@ def fetch(url: str, folder: Path, length: int, digest: str, patience_s: float) -
     if found != digest or have != length:
         part.unlink()
         raise Refused("digest", f"'{url}' has other content than the repository says. It is fetched anew next time.")
-    whole = folder / f"{digest}.edgepkg"
     os.replace(part, whole)
     durable.flush_folder(folder)
     return whole
 
 
-def _fetch_more(url: str, part: Path, mark: Path, have: int, length: int) -> int:
-    """One request; bytes that came. What a cut leaves is kept for the next one."""
+def _fetch_more(url: str, part: Path, mark: Path, have: int, length: int, give_up: float) -> None:
+    """One request. What a cut leaves is kept for the next one."""
     tag: Optional[str] = mark.read_text() if mark.exists() else None
     headers = {"range": f"bytes={have}-", **({"if-range": tag} if tag else {})} if have else {}
     with _open(url, headers) as response:
@@ -203,18 +303,19 @@ def _fetch_more(url: str, part: Path, mark: Path, have: int, length: int) -> int
         place = f"bytes {have}-{length - 1}/{length}"
         if response.status == 206 and response.headers.get("content-range") != place:
             raise ValueError(f"the server sent {response.headers.get('content-range')}, expected {place}")
+        if response.status != 206 and (response.length or 0) < length:  # a page of somebody on the way
+            raise ValueError(f"the server sent {response.status} with {response.length} bytes, expected {length}")
         if have and response.status != 206:
             have = 0  # another file than before: from the start
-        mark.write_text(response.headers.get("etag") or "")
-        came = 0
+        found = TAG.fullmatch(response.headers.get("etag") or "")
+        mark.write_text(found[0] if found else "")
         with open(part, "r+b" if part.exists() else "wb") as file:
             file.truncate(have)
             file.seek(have)
-            while have + came < length:
-                chunk = response.read1(min(CHUNK, length - have - came))
+            while have < length and time.monotonic() < give_up:
+                chunk = response.read1(min(CHUNK, length - have))
                 if not chunk:
                     break
                 file.write(chunk)
                 file.flush()
-                came += len(chunk)
-    return came
+                have += len(chunk)

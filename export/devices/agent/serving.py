@@ -38,7 +38,7 @@ class Active:
     def look(self) -> None:
         """Change to what ``current`` points to, if that is another model than a moment ago."""
         try:
-            place = os.path.realpath(os.readlink(self.device.current), strict=False) if self.device.active else None
+            place = os.path.realpath(os.readlink(self.device.current)) if self.device.active else None
         except OSError:
             place = None
         statement = self.device.statement(self.device.active)
@@ -51,7 +51,9 @@ class Active:
             shape = [1 if size < 0 else size for size in model.statement["input"]["shape"]]
             import numpy as np
 
-            model.run(np.zeros(shape, dtype=np.float32))
+            logits = model.run(model.prepare(np.zeros(shape)))  # the whole way from a raw image, here a black one
+            if not np.isfinite(logits).all():
+                raise ValueError("a black image gets answers that are no finite numbers")
         except Exception as error:
             self.failed, self.reason = statement["content"]["sha256"], f"{type(error).__name__}: {error}"[:500]
             return

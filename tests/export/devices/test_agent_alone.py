@@ -1,4 +1,4 @@
-"""The agent is a program of its own: it runs where nothing of this project is, on Python 3.9's syntax."""
+"""The agent is a program of its own: it runs where nothing of this project is, on Python 3.9."""
 
 import ast
 import json
@@ -24,6 +24,16 @@ def test_its_syntax_is_that_of_python_3_9(file: Path) -> None:
     assert ast.dump(ast.parse(source, feature_version=(3, 9))) == ast.dump(ast.parse(source))
     with pytest.raises(SyntaxError):  # what is newer is noticed
         ast.parse(source + "\nmatch 1:\n    case _: pass\n", feature_version=(3, 9))
+
+
+def test_it_calls_nothing_newer_than_python_3_9(tmp_path: Path) -> None:
+    def found(place: Path) -> int:
+        command = [sys.executable, "-c", "from vermin.main import main; main()", "-t=3.9-", "--no-tips", str(place)]
+        return subprocess.run(command, capture_output=True, check=False).returncode
+
+    assert found(AGENT) == 0
+    (tmp_path / "newer.py").write_text("import os\nos.path.realpath('.', strict=True)\n")
+    assert found(tmp_path) == 1
 
 
 def test_it_imports_the_standard_library_and_little_else() -> None:

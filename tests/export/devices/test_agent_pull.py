@@ -375,8 +375,9 @@ def test_reports_are_delivered_with_a_proof_and_wait_while_nobody_takes_them(fle
             body = self.rfile.read(int(self.headers["content-length"]))
             got.append((json.loads(body), self.headers["x-stillhouse-proof"]))
             self.send_response(200 if len(got) > 1 else 500)
-            self.send_header("content-length", "0")
+            self.send_header("content-length", "13")
             self.end_headers()
+            self.wfile.write(b'{"new": true}')
 
         def log_message(self, format: str, *args: object) -> None: ...
 
