@@ -54,6 +54,14 @@ class Settings(BaseSettings):
     """What teachers and students are trained on; ``auto`` takes a GPU when there is one."""
     restarts: int = Field(default=2, ge=0)
     """How often the reconciler starts a crashed flow run of compress or nightly again."""
+    keys: Path | None = None
+    """Folder of the keys that sign for devices, outside of the project; default ``~/.config/stillhouse/keys``."""
+    fleet: Path | None = None
+    """Folder of devices: registry, repository, bundles that were rolled out; default ``<home>/devices``."""
+    device_registry: str | None = None
+    """Database of devices and rollouts, say ``postgresql+psycopg://user@host/name``; default SQLite in ``fleet``."""
+    device_address: str = "127.0.0.1:8420"
+    """Where the device server listens, ``host:port``; devices in the field reach it through a proxy with TLS."""
     min_free_mib: int = Field(default=512, ge=0)
     """Refuse to start with less free disk than this under ``home``."""
 
@@ -68,6 +76,18 @@ class Settings(BaseSettings):
     @property
     def store_dir(self) -> Path:
         return self.home_dir / "store"
+
+    @property
+    def keys_dir(self) -> Path:
+        return (self.keys or Path.home() / ".config" / "stillhouse" / "keys").expanduser().absolute()
+
+    @property
+    def devices_dir(self) -> Path:
+        return (self.fleet or self.home_dir / "devices").absolute()
+
+    @property
+    def device_registry_url(self) -> str:
+        return self.device_registry or f"sqlite:///{self.devices_dir / 'registry.db'}"
 
     @property
     def mlruns_dir(self) -> Path:

@@ -11,7 +11,7 @@ from typing import Protocol
 
 from export.devices.errors import DeviceError
 from export.devices.registry import DeviceEntry, Registry, Rollout
-from export.devices.rollout import Decision, Placement, count, decide
+from export.devices.rollout import GOOD, OPEN, Decision, Placement, count, decide
 
 POLL_SECONDS = 2.0
 
@@ -63,7 +63,7 @@ def carry_out(
             "expected no other controller. Wait for it; a dead one loses its hold after a minute."
         )
     try:
-        _order_again(registry, rollout_id, courier)
+        _finish(registry, rollout_id, courier)
         before = None
         while True:
             courier.collect()
@@ -73,10 +73,10 @@ def carry_out(
             decision = _step(registry, rollout, courier)
             placements = registry.placements(rollout_id)
             now = [each.outcome for each in placements]
-            if now != before or decision.action in ("abort", "done"):
+            if now != before or decision.action in ("ask", "abort", "done"):
                 on_change(registry.rollout(rollout_id), placements, decision)
             before = now
-            if decision.action in ("abort", "done"):
+            if decision.action in ("ask", "abort", "done"):
                 return registry.rollout(rollout_id)
             if not registry.hold(rollout_id, holder):
                 raise DeviceError(f"Rollout '{rollout_id[:8]}' was taken over by another controller; this one leaves.")
@@ -88,11 +88,13 @@ def carry_out(
 
 def _step(registry: Registry, rollout: Rollout, courier: Courier) -> Decision:
     placements = registry.placements(rollout.id)
-    decision = decide(placements, rollout.policy, datetime.now(UTC))
+    decision = decide(placements, rollout.policy, datetime.now(UTC), rollout.approved)
     registry.mark(rollout.id, decision.timed_out, "timed out")
     if decision.action == "order":
         registry.mark(rollout.id, decision.devices, "ordered")
-        courier.order(rollout, [registry.device(name) for name in decision.devices])
+        courier.order(rollout, registry.devices(decision.devices))
+    elif decision.action == "ask":
+        registry.set_state(rollout.id, "paused", decision.reason)
     elif decision.action == "abort":
         stop(registry, rollout, courier, decision.reason)
     elif decision.action == "done":
@@ -100,24 +102,30 @@ def _step(registry: Registry, rollout: Rollout, courier: Courier) -> Decision:
     return decision
 
 
-def stop(registry: Registry, rollout: Rollout, courier: Courier, reason: str) -> None:
+def stop(registry: Registry, rollout: Rollout, courier: Courier, reason: str, by: str = "") -> None:
     """Abort a rollout: nobody else is ordered, and orders are taken back from those who have not reported.
 
     A device that is at it all the same finishes, and goes back by itself when the bundle is bad.
     """
-    registry.set_state(rollout.id, "aborted", reason)
-    open_ = [each for each in registry.placements(rollout.id) if each.outcome in ("waiting", "ordered", "timed out")]
-    ordered = [each.device for each in open_ if each.outcome != "waiting"]
-    courier.withdraw(rollout, [registry.device(name) for name in ordered])
-    registry.mark(rollout.id, [each.device for each in open_], "withdrawn")
+    registry.set_state(rollout.id, "aborted", reason, by)
+    _withdraw(registry, rollout, courier)
 
 
-def _order_again(registry: Registry, rollout_id: str, courier: Courier) -> None:
-    """Orders of an earlier controller, which may have died between writing one down and giving it."""
+def _withdraw(registry: Registry, rollout: Rollout, courier: Courier) -> None:
+    placements = registry.placements(rollout.id)
+    ordered = [each.device for each in placements if each.outcome not in ("waiting", *GOOD)]
+    courier.withdraw(rollout, registry.devices(ordered))
+    registry.mark(rollout.id, [each.device for each in placements if each.outcome in OPEN], "withdrawn")
+
+
+def _finish(registry: Registry, rollout_id: str, courier: Courier) -> None:
+    """What an earlier controller had written down, and may have died before it was done."""
     rollout = registry.rollout(rollout_id)
     names = [each.device for each in registry.placements(rollout_id) if each.outcome == "ordered"]
     if rollout.state == "running" and names:
-        courier.order(rollout, [registry.device(name) for name in names])
+        courier.order(rollout, registry.devices(names))
+    elif rollout.state == "aborted":
+        _withdraw(registry, rollout, courier)
 
 
 def summary(rollout: Rollout, placements: Sequence[Placement]) -> str:

@@ -21,6 +21,8 @@ KEEPALIVE_SECONDS = 10
 ENDS = ("committed", "refused", "rolled back")
 
 OnProgress = Callable[[int, int], None]
+Keys = Sequence[str | asyncssh.SSHKey]
+"""Private keys to log in with, as paths or opened."""
 
 
 class UnreachableError(DeviceError):
@@ -30,7 +32,7 @@ class UnreachableError(DeviceError):
 async def push(
     device: DeviceEntry,
     bundle: Path,
-    keys: Sequence[str],
+    keys: Keys,
     *,
     on_progress: OnProgress = lambda done, total: None,
     patience_s: float = 900.0,
@@ -40,7 +42,7 @@ async def push(
     Args:
         device: Where to; of transport ssh.
         bundle: The file.
-        keys: Private keys to log in with, as paths.
+        keys: Private keys to log in with, as paths or opened.
         on_progress: Is told bytes sent and all bytes.
         patience_s: For the installation, its self-tests included.
 
@@ -60,19 +62,19 @@ async def push(
     return {"device": device.id, **report}
 
 
-async def status(device: DeviceEntry, keys: Sequence[str]) -> dict[str, Any]:
+async def status(device: DeviceEntry, keys: Keys) -> dict[str, Any]:
     """What the agent of a device says of itself."""
     async with _connected(device, keys) as connection:
         return await _ask(connection, "status")
 
 
-async def roll_back(device: DeviceEntry, keys: Sequence[str]) -> dict[str, Any]:
+async def roll_back(device: DeviceEntry, keys: Keys) -> dict[str, Any]:
     """Have a device go back to the model in its other slot; its status then."""
     async with _connected(device, keys) as connection:
         return await _ask(connection, "rollback", 60.0)
 
 
-async def collect(device: DeviceEntry, keys: Sequence[str], receive: Callable[[dict[str, Any]], Any]) -> int:
+async def collect(device: DeviceEntry, keys: Keys, receive: Callable[[dict[str, Any]], Any]) -> int:
     """Take over the reports that wait on a device; each is taken away there only when ``receive`` has returned."""
     async with _connected(device, keys) as connection:
         waiting = await _ask(connection, "reports")
@@ -85,7 +87,7 @@ async def collect(device: DeviceEntry, keys: Sequence[str], receive: Callable[[d
 class _connected:  # noqa: N801  (reads as what it does in a with statement)
     """A connection to the one host that has the key of the registry."""
 
-    def __init__(self, device: DeviceEntry, keys: Sequence[str]) -> None:
+    def __init__(self, device: DeviceEntry, keys: Keys) -> None:
         self._device, self._keys = device, keys
         self._connection: asyncssh.SSHClientConnection | None = None
 

@@ -19,10 +19,12 @@ from sqlalchemy.dialects.sqlite import insert as insert_in_sqlite
 
 from compression.types import Frozen, Slug
 from export.devices.errors import DeviceError
-from export.devices.rollout import Outcome, Placement, RolloutPolicy, rings_of
+from export.devices.rollout import OPEN, Outcome, Placement, RolloutPolicy, rings_of
 
 LEASE = timedelta(seconds=60)
 """A controller that has not renewed its lease for so long is dead."""
+ADVISORY = 0x5711_4005E
+"""Number of the lock that our transactions take in PostgreSQL."""
 PHASES: dict[str, Outcome] = {"committed": "committed", "refused": "refused", "rolled back": "rolled back"}
 """What an agent calls the end of an installation -> the outcome of its device in a rollout."""
 
@@ -52,6 +54,7 @@ rollouts_table = sa.Table(
     sa.Column("policy", sa.JSON, nullable=False),
     sa.Column("state", sa.String(16), nullable=False),
     sa.Column("reason", sa.Text, nullable=False, default=""),
+    sa.Column("approved", sa.Integer, nullable=False, default=0),
     sa.Column("created", Time, nullable=False),
     sa.Column("holder", sa.String(128), nullable=False, default=""),
     sa.Column("held_until", Time),
@@ -119,6 +122,8 @@ class Rollout(Frozen):
     policy: RolloutPolicy
     state: State
     reason: str
+    approved: int
+    """Rings up to this one may begin; where the policy asks nobody it means nothing."""
     created: datetime
     holder: str
     held_until: datetime | None
@@ -135,7 +140,8 @@ class Registry:
         self.engine = sa.create_engine(url)
         if self.engine.dialect.name == "sqlite":
             event.listen(self.engine, "connect", _prepare_sqlite)
-        tables.create_all(self.engine)
+        with self._begin() as connection:
+            tables.create_all(connection)
 
     def close(self) -> None:
         """Give the connections back."""
@@ -156,17 +162,23 @@ class Registry:
             self._note(connection, {"event": "device added", "device": device.id, "transport": device.transport})
 
     def remove(self, name: str) -> None:
-        """Take a device out; what it reported stays."""
+        """Take a device out, also of rollouts that have not reached it; what it reported stays."""
         with self._begin() as connection:
             self._require(connection, name)
+            concerned = sa.update(placements_table).where(
+                placements_table.c.device == name, placements_table.c.outcome.in_(OPEN)
+            )
+            connection.execute(concerned.values(outcome="withdrawn"))
             connection.execute(sa.delete(devices_table).where(devices_table.c.id == name))
             self._note(connection, {"event": "device removed", "device": name})
 
-    def devices(self) -> list[DeviceEntry]:
-        """All devices by name."""
+    def devices(self, names: Iterable[str] | None = None) -> list[DeviceEntry]:
+        """Devices by name: all, or those of some names that are there."""
+        wanted = sa.select(devices_table).order_by(devices_table.c.id)
+        if names is not None:
+            wanted = wanted.where(devices_table.c.id.in_(list(names)))
         with self._begin() as connection:
-            rows = connection.execute(sa.select(devices_table).order_by(devices_table.c.id)).mappings()
-            return [DeviceEntry(**_aware(row)) for row in rows]
+            return [DeviceEntry(**_aware(row)) for row in connection.execute(wanted).mappings()]
 
     def device(self, name: str) -> DeviceEntry:
         """One device.
@@ -190,12 +202,14 @@ class Registry:
         """Take an agent's report; whether it is a new one. The outcome of its device in a rollout follows from it."""
         at = now or datetime.now(UTC)
         with self._begin() as connection:
-            self._require(connection, str(report["device"]))
+            device = self._require(connection, str(report["device"]))
             row = {"key": report["key"], "device": report["device"], "body": dict(report), "at": at}
-            done = connection.execute(self._insert(reports_table).values(row).on_conflict_do_nothing())
-            if done.rowcount == 0:
+            wanted = self._insert(reports_table).values(row).on_conflict_do_nothing()
+            if connection.execute(wanted.returning(reports_table.c.key)).first() is None:
                 return False
             values: dict[str, Any] = {"last_seen": at}
+            if report["phase"] == "rolled back" and device.active.get("sha256") == report.get("sha256"):
+                values["active"] = {}  # until it says what it went back to
             if report["phase"] == "committed":
                 values["active"] = {name: report.get(name) for name in ("name", "version", "seq", "sha256")}
             connection.execute(sa.update(devices_table).where(devices_table.c.id == report["device"]).values(values))
@@ -213,7 +227,7 @@ class Registry:
             .where(
                 placements_table.c.rollout.in_(concerned),
                 placements_table.c.device == report["device"],
-                placements_table.c.outcome.in_(("waiting", "ordered", "timed out")),
+                placements_table.c.outcome.in_(("waiting", "ordered", "timed out", "withdrawn")),
             )
             .values(outcome=outcome, reported_at=at, report=dict(report))
         )
@@ -229,14 +243,24 @@ class Registry:
     # --- rollouts ---
 
     def start(
-        self, *, model: str, seq: int, bundle: str, policy: RolloutPolicy, devices: Iterable[str] | None = None
+        self,
+        *,
+        model: str,
+        seq: int,
+        bundle: str,
+        policy: RolloutPolicy,
+        devices: Iterable[str] | None = None,
+        id: str | None = None,
     ) -> Rollout:
-        """A new rollout to some devices, or to all.
+        """A new rollout to some devices, or to all; with an ``id`` that is there already, that one.
 
         Raises:
             DeviceError: another rollout of the model is under way, a device is not there, or there is none.
         """
+        made = id or uuid.uuid4().hex
         with self._begin() as connection:
+            if connection.execute(sa.select(rollouts_table.c.id).where(rollouts_table.c.id == made)).first():
+                return self._rollout(connection, made)
             there = {each.id: each for each in self._all(connection)}
             names = list(there) if devices is None else list(devices)
             absent = [name for name in names if name not in there]
@@ -252,7 +276,6 @@ class Registry:
                     f"Model '{model}' is being rolled out (number {other['seq']}, rollout {other['id'][:8]}), expected "
                     "no other rollout of it. Wait for it, or stop it."
                 )
-            made = uuid.uuid4().hex
             now = datetime.now(UTC)
             row = {"id": made, "model": model, "seq": seq, "bundle": bundle, "policy": policy.model_dump(mode="json")}
             connection.execute(sa.insert(rollouts_table).values({**row, "state": "running", "created": now}))
@@ -303,12 +326,35 @@ class Registry:
             )
             self._note(connection, {"event": outcome, "rollout": rollout, "devices": list(devices)})
 
-    def set_state(self, rollout: str, state: State, reason: str = "") -> None:
-        """Pause, resume, abort or end a rollout."""
+    def set_state(self, rollout: str, state: State, reason: str = "", by: str = "") -> bool:
+        """Pause, resume, abort or end a rollout; False when it has ended before and stays so."""
         with self._begin() as connection:
-            wanted = sa.update(rollouts_table).where(rollouts_table.c.id == rollout)
-            connection.execute(wanted.values(state=state, reason=reason))
-            self._note(connection, {"event": f"rollout {state}", "rollout": rollout, "reason": reason})
+            wanted = sa.update(rollouts_table).where(
+                rollouts_table.c.id == rollout, rollouts_table.c.state.in_(("running", "paused"))
+            )
+            if connection.execute(wanted.values(state=state, reason=reason)).rowcount == 0:
+                return False
+            self._note(connection, {"event": f"rollout {state}", "rollout": rollout, "reason": reason, "by": by})
+            return True
+
+    def resume(self, rollout: str, by: str = "") -> bool:
+        """Let a paused rollout go on, into the ring that it was paused before; False when it is not paused."""
+        with self._begin() as connection:
+            wanted = sa.update(rollouts_table).where(rollouts_table.c.id == rollout, rollouts_table.c.state == "paused")
+            open_ = sa.select(sa.func.min(placements_table.c.ring)).where(
+                placements_table.c.rollout == rollout, placements_table.c.outcome.in_(OPEN)
+            )
+            ring = connection.execute(open_).scalar() or 0
+            if connection.execute(wanted.values(state="running", reason="", approved=ring)).rowcount == 0:
+                return False
+            self._note(connection, {"event": "rollout resumed", "rollout": rollout, "ring": ring, "by": by})
+            return True
+
+    def outcomes(self, rollout: str) -> list[dict[str, Any]]:
+        """The reports that settled the devices of a rollout."""
+        with self._begin() as connection:
+            wanted = sa.select(placements_table.c.report).where(placements_table.c.rollout == rollout)
+            return [dict(body) for body in connection.scalars(wanted.order_by(placements_table.c.device)) if body]
 
     def hold(self, rollout: str, holder: str, now: datetime | None = None) -> bool:
         """Take or renew the lease of a rollout's one controller; False while another one holds it."""
@@ -352,8 +398,6 @@ class Registry:
     def _note(self, connection: sa.Connection, fact: Mapping[str, Any]) -> None:
         at = datetime.now(UTC)
         text = json.dumps({"at": at.isoformat(timespec="seconds"), **fact}, sort_keys=True)
-        if connection.dialect.name == "postgresql":
-            connection.execute(sa.text("LOCK TABLE audit IN EXCLUSIVE MODE"))
         last = (
             connection.execute(sa.select(audit_table).order_by(audit_table.c.number.desc()).limit(1)).mappings().first()
         )
@@ -368,6 +412,8 @@ class Registry:
         with self.engine.begin() as connection:
             if connection.dialect.name == "sqlite":
                 connection.exec_driver_sql("BEGIN IMMEDIATE")
+            else:  # one transaction at a time, as in SQLite: what was read stays true until it is written
+                connection.execute(sa.select(sa.func.pg_advisory_xact_lock(ADVISORY)))
             yield connection
 
     def _insert(self, table: sa.Table) -> Any:

@@ -14,6 +14,7 @@ from copy import deepcopy
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+from filelock import FileLock
 from securesystemslib.signer import CryptoSigner
 from tuf.api.metadata import Metadata, MetaFile, Root, Snapshot, TargetFile, Targets, Timestamp
 
@@ -95,12 +96,30 @@ class Repository:
         info = self._read("targets").signed.targets[path]
         return Order.model_validate_json(self._place(path, info.hashes["sha256"]).read_bytes())
 
+    @property
+    def bundles(self) -> set[str]:
+        """Names of the bundles that devices can fetch."""
+        return {path for path in self._read("targets").signed.targets if not path.startswith("devices/")}
+
+    @property
+    def expiries(self) -> dict[str, datetime]:
+        """Role -> until when devices take its metadata."""
+        return {role: self._read(role).signed.expires for role in EXPIRY}
+
     def publish(self, bundle: Path | None = None, orders: Mapping[str, Order | None] | None = None) -> None:
-        """Add a bundle and change orders (None takes one back), in one step that devices see whole or not at all."""
+        """Add a bundle and change orders (None takes one back), in one step that devices see whole or not at all.
+
+        Raises:
+            DeviceError: an order names a bundle that is not there.
+        """
+        with self._locked():
+            self._publish(bundle, orders or {})
+
+    def _publish(self, bundle: Path | None, orders: Mapping[str, Order | None]) -> None:
         targets = self._read("targets")
         if bundle is not None:
             self._add(targets.signed, bundle.name, bundle)
-        for device, order in (orders or {}).items():
+        for device, order in orders.items():
             path = f"devices/{device}.json"
             if order is None:
                 targets.signed.targets.pop(path, None)
@@ -112,12 +131,18 @@ class Repository:
             self._add(targets.signed, path, file)
             file.unlink()
         self._bump("targets", targets)
-        self.refresh()
+        self._refresh()
 
     def refresh(self) -> None:
         """Sign snapshot and timestamp anew, for what the targets are now. To be done before the timestamp expires."""
-        snapshot = self._read("snapshot")
-        version = self._read("targets").signed.version
+        with self._locked():
+            self._refresh()
+
+    def _refresh(self) -> None:
+        targets, snapshot = self._read("targets"), self._read("snapshot")
+        if self.signers.get("targets") and _is_old(targets, "targets"):
+            self._bump("targets", targets)
+        version = targets.signed.version
         if snapshot.signed.meta["targets.json"].version != version or _is_old(snapshot, "snapshot"):
             snapshot.signed.meta["targets.json"] = MetaFile(version=version)
             self._bump("snapshot", snapshot)
@@ -153,13 +178,18 @@ class Repository:
         root.signatures.clear()
         for signer in [*before, *self.signers["root"]]:
             root.sign(signer, append=True)
-        self._store("root", root)
-        for role in ("targets", "snapshot"):
-            if role in signers:
-                self._bump(role, self._read(role))
-        self.refresh()
+        with self._locked():
+            self._store("root", root)
+            for role in ("targets", "snapshot"):
+                if role in signers:
+                    self._bump(role, self._read(role))
+            self._refresh()
 
     # --- files ---
+
+    def _locked(self) -> FileLock:
+        """A rollout publishes while the device server signs anew."""
+        return FileLock(self.folder / ".lock")
 
     def _add(self, targets: Targets, path: str, file: Path) -> None:
         info = TargetFile.from_file(path, str(file), ["sha256"])

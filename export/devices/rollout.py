@@ -46,6 +46,8 @@ class RolloutPolicy(Frozen):
     """Time between the last report of a ring and the first order of the next."""
     min_success: Share = 1.0
     """Share of good ones among a ring's reports that opens the next ring."""
+    approve: Literal["never", "canary", "every ring"] = "never"
+    """When a person is asked before the next ring: never, after the canaries, or after every ring."""
 
 
 class Placement(Frozen):
@@ -61,7 +63,8 @@ class Placement(Frozen):
 class Decision(Frozen):
     """What to do now."""
 
-    action: Literal["order", "wait", "abort", "done"]
+    action: Literal["order", "wait", "ask", "abort", "done"]
+    """ask: a person decides whether the next ring may begin."""
     devices: tuple[str, ...] = ()
     """Whom to order to take it."""
     timed_out: tuple[str, ...] = ()
@@ -91,8 +94,8 @@ def rings_of(devices: Iterable[str], policy: RolloutPolicy, *, seed: str, first:
     return rings
 
 
-def decide(placements: Sequence[Placement], policy: RolloutPolicy, now: datetime) -> Decision:
-    """What to do, from what is known of every device.
+def decide(placements: Sequence[Placement], policy: RolloutPolicy, now: datetime, approved: int = 0) -> Decision:
+    """What to do, from what is known of every device; ``approved`` is the last ring that a person has let begin.
 
     The rollout is stopped when ``failed > max_failures``, or when ``reported >= min_reported`` and
     ``failed / reported >= abort_fraction``. Silent devices count neither way until their deadline.
@@ -115,12 +118,16 @@ def decide(placements: Sequence[Placement], policy: RolloutPolicy, now: datetime
         return Decision(action="abort", timed_out=late, reason=words)
     pending = [each for each in seen if each.outcome in OPEN]
     if not pending:
-        return Decision(action="done", timed_out=late, reason=f"{counted['good']} of {len(seen)} devices have it.")
+        return Decision(action="done", timed_out=late, reason="")
     ring = min(each.ring for each in pending)
     before = [each for each in seen if each.ring < ring]
     blocked = _gate(before, policy, now)
     if isinstance(blocked, Decision):
         return blocked.model_copy(update={"timed_out": late})
+    asked = ring > approved and (policy.approve == "every ring" or (policy.approve == "canary" and ring == 1))
+    if asked and all(each.outcome != "ordered" for each in seen if each.ring == ring):
+        words = f"Ring {ring - 1} is good: {count(before)['good']} devices have it. Ring {ring} waits for approval."
+        return Decision(action="ask", timed_out=late, reason=words)
     at_it = [each for each in seen if each.outcome == "ordered"]
     room = policy.concurrency - len(at_it)
     waiting = [each.device for each in pending if each.ring == ring and each.outcome == "waiting"]

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import tempfile
@@ -60,13 +61,12 @@ def server() -> Iterator[str]:
                 while True:
                     assert process.poll() is None, (folder / "log").read_text()
                     assert time.monotonic() < deadline
-                    with socket.socket() as probe:
-                        if probe.connect_ex(("127.0.0.1", port)) == 0:
-                            break
+                    if "ready to accept connections" in (folder / "log").read_text():
+                        break
                     time.sleep(0.1)
                 yield f"postgresql+psycopg://stillhouse@127.0.0.1:{port}/postgres"
             finally:
-                process.terminate()
+                process.send_signal(signal.SIGINT)  # at once; SIGTERM would wait until every client has left
     finally:
         log.close()
         shutil.rmtree(folder, ignore_errors=True)

@@ -54,9 +54,15 @@ def _init(root: Path, options: argparse.Namespace) -> Any:
     (root / "slots").mkdir(parents=True, exist_ok=True)
     if (root / "trust.json").exists():
         raise Refused("there", f"'{root}' is a device already. Its trust changes by `trust FILE` alone.")
-    durable.write_json(root / "config.json", {"device": options.device, **dict(options.set or [])})
+    config = durable.read_json(Path(options.config), {}) if options.config else {}
+    config.update({"device": options.device} if options.device else {}, **dict(options.set or []))
+    if not config.get("device"):
+        raise Refused("no name", "The device has no name, expected --device NAME, or a --config that says it.")
+    if options.repository_root:
+        durable.write(root / "root.json", Path(options.repository_root).read_bytes())
+    durable.write_json(root / "config.json", config)
     durable.write(root / "trust.json", Path(options.trust).read_bytes())
-    return {"device": options.device, "root": str(root)}
+    return {"device": config["device"], "root": str(root)}
 
 
 def _trust(device: Device, options: argparse.Namespace) -> Any:
@@ -131,7 +137,9 @@ def _parser() -> argparse.ArgumentParser:
         return command
 
     init = add("init", "make this machine a device")
-    init.add_argument("--device", required=True, help="its name")
+    init.add_argument("--device", help="its name")
+    init.add_argument("--config", metavar="FILE", help="its config.json, as a kit has it")
+    init.add_argument("--repository-root", metavar="FILE", help="first root.json of the repository it pulls from")
     init.add_argument("--trust", required=True, help="file with the keys to trust")
     init.add_argument("--set", action="append", type=_setting, metavar="NAME=VALUE", help="a setting of config.json")
     install = add("install", "try a bundle and make its model the active one", lambda d, o: d.install(o.file, o.again))

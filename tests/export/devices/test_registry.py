@@ -1,24 +1,90 @@
 """The registry: reports count once, one rollout and one controller at a time, a log that nobody changes unseen."""
 
 import threading
+import time
+import uuid
 from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import sqlalchemy as sa
+from sqlalchemy.exc import OperationalError
 
 from export.devices.errors import DeviceError
 from export.devices.registry import LEASE, DeviceEntry, Registry, audit_table
 from export.devices.rollout import RolloutPolicy
+from tests.compression import postgres
 
 NOW = datetime(2026, 1, 31, 2, 0, tzinfo=UTC)
+POSTGRESQL = pytest.param(
+    "postgresql",
+    marks=[
+        pytest.mark.servers,
+        pytest.mark.skipif(
+            postgres.programs() is None, reason="PostgreSQL is not installed (apt-get install postgresql)"
+        ),
+    ],
+)
+
+
+@pytest.fixture(scope="module", params=["sqlite", POSTGRESQL])
+def server(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Of PostgreSQL the URL; of SQLite, which has none, nothing."""
+    with served(request.param) as url:
+        yield url
+
+
+@contextmanager
+def served(database: str) -> Iterator[str]:
+    if database == "sqlite":
+        yield ""
+        return
+    with postgres.server() as url:
+        engine = sa.create_engine(url)
+        give_up = time.monotonic() + 60
+        while not answers(engine):
+            assert time.monotonic() < give_up
+            time.sleep(0.1)
+        yield url
+        with engine.begin() as connection:  # the server ends when all its clients have left, those of failed tests too
+            others = "select pg_terminate_backend(pid) from pg_stat_activity where pid <> pg_backend_pid()"
+            connection.execute(sa.text(others))
+        engine.dispose()
+
+
+def answers(engine: sa.Engine) -> bool:
+    """Its port is open a moment before it takes clients."""
+    try:
+        engine.connect().close()
+    except OperationalError:
+        return False
+    return True
 
 
 @pytest.fixture
-def registry(tmp_path: Path) -> Iterator[Registry]:
-    found = Registry(f"sqlite:///{tmp_path / 'devices.db'}")
+def url(server: str, tmp_path: Path) -> str:
+    """Of a database without tables."""
+    if not server:
+        return f"sqlite:///{tmp_path / 'devices.db'}"
+    return empty_database(server)
+
+
+def empty_database(server: str) -> str:
+    """The URL of a new database."""
+    name = f"d{uuid.uuid4().hex}"
+    engine = sa.create_engine(server, isolation_level="AUTOCOMMIT")
+    with engine.connect() as connection:
+        connection.execute(sa.text(f"create database {name}"))
+    engine.dispose()
+    return server.rpartition("/")[0] + f"/{name}"
+
+
+@pytest.fixture
+def registry(url: str) -> Iterator[Registry]:
+    found = Registry(url)
     for number in range(4):
         found.add(DeviceEntry(id=f"lab-{number}", transport="pull", first=number == 2))
     yield found
@@ -38,13 +104,13 @@ def outcomes(registry: Registry, rollout: str) -> dict[str, str]:
     return {each.device: each.outcome for each in registry.placements(rollout)}
 
 
-def test_devices_are_kept_and_named_once(registry: Registry, tmp_path: Path) -> None:
+def test_devices_are_kept_and_named_once(registry: Registry, url: str) -> None:
     with pytest.raises(DeviceError, match="expected a new name"):
         registry.add(DeviceEntry(id="lab-1", transport="ssh"))
     registry.remove("lab-1")
     with pytest.raises(DeviceError, match="not in the registry"):
         registry.device("lab-1")
-    again = Registry(f"sqlite:///{tmp_path / 'devices.db'}")
+    again = Registry(url)
     assert [each.id for each in again.devices()] == ["lab-0", "lab-2", "lab-3"]
     again.close()
 

@@ -1,6 +1,7 @@
 """Rings, gates and the rule that stops a rollout, at its edges; and what holds whatever devices do."""
 
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -205,3 +206,23 @@ def test_whatever_devices_do_it_ends_and_keeps_its_bounds(
     assert bad <= policy.max_failures + policy.concurrency
     if found.action == "done":
         assert all(each.outcome not in ("waiting", "ordered") for each in seen.values())
+
+
+@pytest.mark.parametrize(("approve", "asked"), [("never", []), ("canary", [1]), ("every ring", [1, 2, 3])])
+def test_a_person_is_asked_before_the_rings_that_the_policy_says(approve: Any, asked: list[int]) -> None:
+    policy = RolloutPolicy(approve=approve, concurrency=20)
+    rings = rings_of([f"d{number}" for number in range(20)], policy, seed="s")
+    outcomes: dict[str, Any] = dict.fromkeys(rings, "waiting")
+    approved, seen = 0, []
+    for _ in range(20):
+        placements = [Placement(device=name, ring=ring, outcome=outcomes[name]) for name, ring in rings.items()]
+        decision = decide(placements, policy, NOW, approved)
+        if decision.action == "done":
+            break
+        if decision.action == "ask":
+            approved += 1
+            seen.append(approved)
+        for name in decision.devices:
+            outcomes[name] = "committed"
+    assert seen == asked
+    assert set(outcomes.values()) == {"committed"}
