@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 # Two processes of one thread each; the tests of a file stay together, since they share what is dear to make.
 TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
-.PHONY: setup demo test test-slow test-servers test-long test-all check format up bench lock clean
+.PHONY: setup demo demo-deploy test test-slow test-servers test-long test-all check format up bench lock clean
 
 setup: $(STAMP)
 
@@ -18,6 +18,9 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: setup  ## Real teachers to a verified edge model on embedded data, with a table and a report
 	$(BIN)/stillhouse compress recipes/digits.yaml
+
+demo-deploy: setup  ## The same model to three devices on this machine in rings, then a bad bundle that goes back
+	$(BIN)/python -m flows.demo_deploy
 
 test: setup  ## The quick suite: under 10 minutes on 2 cores
 	$(TESTS) -m "not slow and not servers and not browser"

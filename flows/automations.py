@@ -25,6 +25,7 @@ TAG = "stillhouse"
 """Every deployment of prefect.yaml has it, and so has each of their runs."""
 TEST_EVENT = "stillhouse.notify.test"
 GUARD = f"{PREFIX}a run without heartbeat is crashed"
+CHAMPION_TO_DEVICES = f"{PREFIX}a new champion goes to the devices"
 SILENCE = timedelta(minutes=9)
 """Prefect's flow runs give a sign of life every three minutes (PREFECT_FLOWS_HEARTBEAT_FREQUENCY); after three missed
 ones a run counts as dead. Our reconciler is far quicker; this is for the day when it does not run either."""
@@ -99,6 +100,12 @@ def notices() -> list[Notice]:
             MODEL_LINES,
         ),
         Notice(
+            "a rollout was stopped",
+            _on({"stillhouse.rollout.aborted"}),
+            "Stillhouse: {{ event.payload.model }} {{ event.payload.seq }} was stopped on its way to devices",
+            "{{ event.payload.text }}",
+        ),
+        Notice(
             "test",
             _on({TEST_EVENT}),
             "Stillhouse: test",
@@ -163,7 +170,7 @@ def prepare(client: "SyncPrefectClient") -> list[str]:
     """
     blocks.take_from_environment(client)
     saved = blocks.channels(client)
-    wanted = [guard(), *_messages(saved)]
+    wanted = [guard(), *_rollouts(client), *_messages(saved)]
     existing: dict[str, Any] = {}
     for automation in _ours(client):
         if automation.name in existing or automation.name not in {each.name for each in wanted}:
@@ -173,12 +180,37 @@ def prepare(client: "SyncPrefectClient") -> list[str]:
     for automation in wanted:
         before = existing.get(automation.name)
         if before is None:
-            client.create_automation(automation)
+            client.create_automation(automation)  # one of the kind that starts something is off at first
         else:
             content = automation.model_dump(exclude={"owner_resource"}) | {"enabled": before.enabled}
             client.update_automation(before.id, type(automation).model_validate(content))
     told = ", ".join(f"{channel.name} ({channel.shown})" for channel in saved)
     return [f"Notifications go to {told}." if saved else HINT]
+
+
+def _rollouts(client: "SyncPrefectClient") -> "list[AutomationCore]":
+    """Every new champion to the devices; off until somebody switches it on, and only where the deployment is."""
+    from prefect.events.actions import RunDeployment
+    from prefect.events.schemas.automations import AutomationCore
+    from prefect.exceptions import ObjectNotFound
+
+    try:
+        deployment = client.read_deployment_by_name("rollout/rollout")
+    except ObjectNotFound:
+        return []
+    model = {"__prefect_kind": "jinja", "template": MODEL}
+    action = RunDeployment(
+        source="selected", deployment_id=deployment.id, parameters={"model": model}, job_variables=None
+    )
+    return [
+        AutomationCore(
+            name=CHAMPION_TO_DEVICES,
+            description="Switch it on here, in the list, and every promotion starts the deployment 'rollout'.",
+            enabled=False,
+            trigger=_on({"stillhouse.model.promoted"}),
+            actions=[action],
+        )
+    ]
 
 
 def _ours(client: "SyncPrefectClient") -> list[Any]:

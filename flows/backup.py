@@ -28,7 +28,7 @@ from tasks.settings import prepare_prefect, settings
 
 FORMAT = 1
 MANIFEST = "manifest.json"
-TRANSIENT = {"locks", "scratch", "logs", "running", "fan_out", "prefect", "up.json"}
+TRANSIENT = {"locks", "scratch", "logs", "running", "fan_out", "prefect", "up.json", "demo-deploy"}
 """What of the home belongs to processes that run now; Prefect's home is reduced to its database."""
 ARTIFACTS = ("store", "objects")
 """Copied byte for byte, whatever they hold: they are named by their digest."""
@@ -156,6 +156,11 @@ def _databases(done: Done) -> dict[str, Path]:
         done.notes.append(f"MLflow's database {_without_password(uri)} is not in it: use pg_dump.")
     if settings().study_storage:
         done.notes.append(f"Studies in {_without_password(str(settings().study_storage))} are not in it: use pg_dump.")
+    if settings().device_registry:
+        registry = _without_password(settings().device_registry_url)
+        done.notes.append(f"Devices in {registry} are not in it: use pg_dump.")
+    if settings().keys_dir.is_dir():
+        done.notes.append(f"Keys in {settings().keys_dir} are not in it: keep a copy of them elsewhere.")
     return found
 
 

@@ -182,7 +182,9 @@ def now() -> str:
 
 def key_folder(folder: Path | None) -> Path:
     """Where keys are: outside the project, so that they are in no copy of it."""
-    return folder or Path.home() / ".config" / "stillhouse" / "keys"
+    from tasks.settings import settings
+
+    return folder or settings().keys_dir
 
 
 def passphrase(path: Path, *, confirm: bool = False) -> bytes:

@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from flows import bundling, deltas, operating
+from flows import bundling, deltas, devices, operating, rollouts
 
 if TYPE_CHECKING:
     from flows.recipe import Recipe
@@ -31,6 +31,8 @@ app = typer.Typer(
 app.add_typer(deltas.app, rich_help_panel="Measuring and comparing")
 app.add_typer(operating.app)
 app.add_typer(bundling.app)
+app.add_typer(devices.app, name="devices", rich_help_panel=bundling.DEVICES)
+app.add_typer(rollouts.app, name="rollout", rich_help_panel=bundling.DEVICES)
 console = Console()
 problems = Console(stderr=True)
 
@@ -71,7 +73,9 @@ def compress(
         _check_stage(from_stage)
     if from_stage is None:
         _stop_if_nothing_to_do(loaded)
-    with _prefect_server(loaded.name):
+    from flows.server import prefect_server
+
+    with prefect_server(console, loaded.name):
         from flows.compress import compress as flow
         from flows.progress import terminal_progress
 
@@ -91,24 +95,6 @@ def _stop_if_nothing_to_do(recipe: "Recipe") -> None:
     if summary is not None and not any(stage.is_pending for stage in stages):
         console.print(f"Nothing has changed: all {len(stages)} stages are kept from run {summary['run']}.")
         _show(summary)
-
-
-@contextmanager
-def _prefect_server(recipe: str) -> Iterator[None]:
-    """Have a Prefect server while the block runs: that of `stillhouse up`, or a temporary one."""
-    from flows.server import use_running_server
-    from flows.temporary_server import temporary_server
-
-    found = use_running_server()
-    if found is not None:
-        console.print(f"[bold]{recipe}[/bold]: running with Prefect at {found}.")
-        yield
-        return
-    with temporary_server(console):
-        console.print(
-            f"[bold]{recipe}[/bold]: running with a temporary Prefect server (`stillhouse up` starts a lasting one)."
-        )
-        yield
 
 
 def _show(summary: dict) -> None:
@@ -253,7 +239,8 @@ def methods(
 
 @app.command(
     rich_help_panel=LOOKING,
-    epilog="Examples: stillhouse latency 1x28x28; stillhouse latency 3x32x32 --batch 1 --batch 32 --json",
+    epilog="Examples: stillhouse latency 1x28x28; stillhouse latency 3x32x32 --batch 1 --batch 32 --json; "
+    "stillhouse latency 1x8x8 CHECKPOINT --device lab-1",
 )
 def latency(
     size: Annotated[str, typer.Argument(help="Channels, height and width of one image, e.g. 1x28x28.")],
@@ -261,12 +248,16 @@ def latency(
         list[Path] | None, typer.Argument(help="Checkpoint folders to predict, if any.", show_default=False)
     ] = None,
     batch: Annotated[list[int] | None, typer.Option(help="Images per call; may be given several times.")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="Also show what it takes on this device, by its reports.", show_default=False)
+    ] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
 ) -> None:
     """Measure (once) and show the latency model of this machine, with its error on networks it was not fitted to."""
     from flows.latency import shape_of, show_latency
 
-    show_latency(console, shape_of(size), tuple(batch or [32]), tuple(checkpoints or ()), as_json=json_)
+    batches = tuple(batch or ([32] if device is None else [1]))
+    show_latency(console, shape_of(size), batches, tuple(checkpoints or ()), device=device, as_json=json_)
 
 
 @app.command(

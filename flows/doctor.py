@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from io import StringIO
 from pathlib import Path
 from typing import Literal
@@ -163,6 +164,24 @@ def _orchestration() -> Iterator[Check]:
     yield Check("mlflow", "ok", f"{_version('mlflow')}, {settings().tracking_uri}", required=True)
 
 
+def _devices() -> Iterator[Check]:
+    from flows import fleet
+
+    if not fleet.is_set_up():
+        yield Check("devices", "ok", "not set up: stillhouse devices setup, when there are some")
+        return
+    registry = fleet.open_registry()
+    try:
+        count = len(registry.devices())
+    finally:
+        registry.close()
+    role, until = min(fleet.open_repository(()).expiries.items(), key=lambda pair: pair[1])
+    found = f"{count} in the registry; they take what is signed until {until:%Y-%m-%d %H:%M} UTC ({role})"
+    late = until < datetime.now(UTC)
+    way_out = "stillhouse devices serve, with STILLHOUSE_KEY_PASSPHRASE, signs it anew" if late else ""
+    yield Check("devices", "warn" if late else "ok", found, way_out)
+
+
 def _datasets() -> Iterator[Check]:
     from compression.data import FashionMnist
 
@@ -187,4 +206,4 @@ def _version(package: str) -> str | None:
     return None
 
 
-LOOKS = (_machine, _store, _processor, _torch, _onnxruntime, _tensorrt, _orchestration, _datasets, _browser)
+LOOKS = (_machine, _store, _processor, _torch, _onnxruntime, _tensorrt, _orchestration, _devices, _datasets, _browser)

@@ -21,14 +21,14 @@ def free_port(name: str, wanted: int | None, host: str = HOST) -> int:
         InputError: the wanted port is taken, or the address is not one of this machine.
     """
     if wanted is not None:
-        if _is_free(wanted, host):
+        if is_free(wanted, host):
             return wanted
         raise InputError(
             f"Port {wanted} for {name} is in use{_holder(wanted)}, expected a free one. "
             f"Choose another with {OPTIONS[name]}, or leave the option out for a free one."
         )
     first = DEFAULT_PORTS[name]
-    return next(port for port in range(first, first + 2000) if _is_free(port, host))
+    return next(port for port in range(first, first + 2000) if is_free(port, host))
 
 
 def any_port() -> int:
@@ -64,7 +64,8 @@ def require_address(host: str) -> None:
             ) from error
 
 
-def _is_free(port: int, host: str) -> bool:
+def is_free(port: int, host: str) -> bool:
+    """Whether something can listen at that port now."""
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

@@ -48,7 +48,7 @@ CANCEL_SECONDS = 8.0
 """A cancelled run whose process still lives after this is killed; its last checkpoint is on disk."""
 RESTART_HOURS = 24.0
 """A crash older than this is history: nobody waits for that run any more."""
-RESTARTED = ("compress", "nightly")
+RESTARTED = ("compress", "nightly", "rollout")
 """Deployments whose crashed runs are started again."""
 UNDER_WAY = ("RUNNING", "PENDING", "CANCELLING")
 

@@ -9,8 +9,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,7 @@ from rich.console import Console
 from compression.errors import InputError
 from flows import children, deployments, temporary_server
 from flows.children import Child, ServerError
-from flows.ports import HOST, answers, free_port, is_loopback, require_address
+from flows.ports import HOST, answers, free_port, is_free, is_loopback, require_address
 from tasks.settings import prepare_prefect, settings
 
 if TYPE_CHECKING:
@@ -45,6 +46,8 @@ class Running:
     prefect_api: str
     mlflow_url: str
     """Address of the MLflow UI."""
+    devices_url: str = ""
+    """Where devices pull and report, if there are any."""
 
 
 def state_path() -> Path:
@@ -60,7 +63,7 @@ def running_server() -> Running | None:
         return None
     if children.find(state.get("program", {})) is None:
         return None
-    found = Running(**{key: state[key] for key in ("prefect_url", "prefect_api", "mlflow_url")})
+    found = Running(**{each.name: state[each.name] for each in fields(Running) if each.name in state})
     return found if answers(f"{found.prefect_api}/health") else None
 
 
@@ -72,6 +75,21 @@ def use_running_server() -> str | None:
     temporary_server.use_api(found.prefect_api)
     os.environ["STILLHOUSE_MLFLOW_UI"] = found.mlflow_url
     return found.prefect_api
+
+
+@contextmanager
+def prefect_server(console: Console, what: str) -> Iterator[None]:
+    """Have a Prefect server while the block runs: that of `stillhouse up`, or a temporary one."""
+    found = use_running_server()
+    if found is not None:
+        console.print(f"[bold]{what}[/bold]: running with Prefect at {found}.")
+        yield
+        return
+    with temporary_server.temporary_server(console):
+        console.print(
+            f"[bold]{what}[/bold]: running with a temporary Prefect server (`stillhouse up` starts a lasting one)."
+        )
+        yield
 
 
 def up(
@@ -239,11 +257,24 @@ def _start(
     worker.owns_descendants = False
     with console.status("Starting the worker"):
         _until(lambda: deployments.worker_is_online(client, since=since), worker, stop)
+    found = _with_device_server(found, start, console)
     if mlflow is not None:
         with console.status("Starting the MLflow UI"):
             _until(lambda: _is_ready(mlflow, ports["MLflow"], f"{found.mlflow_url}/health"), mlflow, stop)
     _write_state(found, programs)
     return found
+
+
+def _with_device_server(found: Running, start: Callable[[str, list[str]], Child], console: Console) -> Running:
+    """Also what devices talk to, where there are devices."""
+    if not (settings().devices_dir / "repository" / "metadata").is_dir():
+        return found
+    host, _, port = settings().device_address.rpartition(":")
+    if not is_free(int(port), host):
+        console.print(f"Devices: {host}:{port} is taken, so that no device server was started.", highlight=False)
+        return found
+    start("Device server", [sys.executable, "-m", "flows.cli", "devices", "serve"])
+    return replace(found, devices_url=f"http://{host}:{port}")
 
 
 def _write_state(found: Running, programs: list[Child]) -> None:
@@ -253,6 +284,7 @@ def _write_state(found: Running, programs: list[Child]) -> None:
         "prefect_url": found.prefect_url,
         "prefect_api": found.prefect_api,
         "mlflow_url": found.mlflow_url,
+        "devices_url": found.devices_url,
         "children": {each.name: each.identity() for each in programs},
     }
     children.write_json(state_path(), state)
@@ -328,6 +360,8 @@ def _watch(found: Running, programs: list[Child], console: Console, stop: thread
 def _announce(found: Running, console: Console) -> None:
     console.print(f"Prefect UI:  [link={found.prefect_url}]{found.prefect_url}[/link]")
     console.print(f"MLflow UI:   [link={found.mlflow_url}]{found.mlflow_url}[/link]")
+    if found.devices_url:
+        console.print(f"Devices:     {found.devices_url} (repository and reports)", highlight=False)
     console.print(
         "Start a run: Deployments > compress > Run, or `stillhouse compress recipes/digits.yaml` in another terminal."
     )
