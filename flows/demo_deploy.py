@@ -24,15 +24,19 @@ NAMES = ("lab-1", "gate-1", "gate-2")
 """The first one is reached over SSH, and is the canary."""
 
 
-def main() -> int:
-    """Run the demo; 0 when everything came as it must."""
+def main(recipe: Path | None = None) -> int:
+    """Run the demo; 0 when everything came as it must.
+
+    Args:
+        recipe: Of digits; default the recipe of ``make demo``, whose stages are then kept.
+    """
     os.environ.setdefault("PREFECT_LOGGING_LEVEL", "CRITICAL")
     place = _fresh_place()
     prepare_prefect()
     from flows.server import prefect_server
 
     with prefect_server(console, "demo-deploy"), ExitStack() as stack:
-        run = _compressed()
+        run = _compressed(recipe or settings().root / RECIPE)
         good, bad = _bundles(place, run)
         devices = _devices(place, stack)
         _say("Rolling out", "canary lab-1, then gate-1, then gate-2")
@@ -59,14 +63,14 @@ def _say(what: str, how: str) -> None:
     console.print(f"\n[bold]{what}[/]: {how}.", highlight=False)
 
 
-def _compressed() -> Path:
-    """The run folder of the digits recipe; done already if ``make demo`` was."""
+def _compressed(recipe: Path) -> Path:
+    """The run folder of the recipe; done already if it was run before."""
     from flows.compress import compress
     from flows.progress import terminal_progress
     from flows.recipe import load_recipe
 
     with terminal_progress(console):
-        summary: Any = compress(load_recipe(settings().root / RECIPE, []))
+        summary: Any = compress(load_recipe(recipe, []))
     if summary["outcome"] != "accept":
         console.print(f"The gate has rejected the model: {summary['summary']}", markup=False, highlight=False)
         sys.exit(1)
@@ -227,4 +231,4 @@ def _conclude(
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(*map(Path, sys.argv[1:])))

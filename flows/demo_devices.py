@@ -106,7 +106,7 @@ def ssh_server(folder: Path, port: int, agent: Path, operator: str) -> Iterator[
         with _openssh(folder, port):
             yield "OpenSSH"
     else:
-        with _asyncssh(folder, port, agent):
+        with _asyncssh(folder, port, agent, operator):
             yield "asyncssh, since OpenSSH's server is not installed"
 
 
@@ -124,7 +124,10 @@ def _openssh(folder: Path, port: int) -> Iterator[None]:
 
 
 @contextmanager
-def _asyncssh(folder: Path, port: int, agent: Path) -> Iterator[None]:
+def _asyncssh(folder: Path, port: int, agent: Path, operator: str) -> Iterator[None]:
+    """Whatever is asked for, the agent gets it: asyncssh forgets what that was where the key has a command."""
+    (folder / "authorized_keys").write_text(f"restrict {operator}\n", encoding="utf-8")
+
     async def enter(process: "asyncssh.SSHServerProcess[bytes]") -> None:
         environment = {**os.environ, "SSH_ORIGINAL_COMMAND": process.command or ""}
         pipe = asyncio.subprocess.PIPE

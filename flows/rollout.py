@@ -48,8 +48,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-Policy = Annotated[RolloutPolicy, Field(description="Sizes of the rings, and what stops the rollout.")]
-USUAL = RolloutPolicy()
+Policy = Annotated[RolloutPolicy | None, Field(description="Sizes of the rings, and what stops the rollout.")]
 
 
 class GoOn(RunInput):
@@ -70,7 +69,7 @@ def rollout(
     model: Slug | None = None,
     bundle: str | None = None,
     devices: list[Slug] | None = None,
-    policy: Policy = USUAL,
+    policy: Policy = None,
     go_on_with: str | None = None,
 ) -> State[dict[str, Any]]:
     """Roll a bundle out to devices in rings, with a gate between them; a bad one stops at the canaries.
@@ -79,7 +78,7 @@ def rollout(
         model: Registered model whose champion is bundled and rolled out, when no bundle is named.
         bundle: Path of an .edgepkg file instead.
         devices: Names of the devices; without any, all of the registry.
-        policy: Sizes of the rings, and what stops the rollout.
+        policy: Sizes of the rings, and what stops the rollout; without one the usual ones.
         go_on_with: Id of a rollout that was paused or left behind, instead of a new one.
 
     The state says how it ended: RolledOut, Aborted, Unchanged, or Paused where nobody can be asked.
@@ -88,7 +87,7 @@ def rollout(
     name = go_on_with or str(flow_run.id).replace("-", "")
     try:
         with cancellable():
-            found = _found(registry, name) or _begin(registry, name, model, bundle, devices, policy)
+            found = _found(registry, name) or _begin(registry, name, model, bundle, devices, policy or RolloutPolicy())
             if found is None:
                 text = f"The devices have the champion of {model}."
                 return Completed(name="Unchanged", message=text, data={"outcome": "unchanged"})

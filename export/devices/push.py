@@ -51,7 +51,10 @@ async def push(
         DeviceError: the host showed another key than the registry has, or the agent answers otherwise than agents do.
     """
     async with _connected(device, keys) as connection:
-        size, have = bundle.stat().st_size, (await _ask(connection, f"size {bundle.name}"))["size"]
+        size, answer = bundle.stat().st_size, await _ask(connection, f"size {bundle.name}")
+        have = answer.get("size", 0)
+        if answer.get("phase") == "refused":
+            raise DeviceError(f"Device '{device.id}' does not take '{bundle.name}': {answer.get('text')}")
         if have > size:
             raise DeviceError(f"Device '{device.id}' has {have} bytes of '{bundle.name}', expected at most {size}.")
         if have < size:

@@ -208,7 +208,8 @@ class Registry:
             if connection.execute(wanted.returning(reports_table.c.key)).first() is None:
                 return False
             values: dict[str, Any] = {"last_seen": at}
-            if report["phase"] == "rolled back" and device.active.get("sha256") == report.get("sha256"):
+            runs = (device.active.get("name"), device.active.get("seq"))
+            if report["phase"] == "rolled back" and runs == (report["name"], report["seq"]):
                 values["active"] = {}  # until it says what it went back to
             if report["phase"] == "committed":
                 values["active"] = {name: report.get(name) for name in ("name", "version", "seq", "sha256")}

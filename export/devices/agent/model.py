@@ -64,7 +64,7 @@ def _onnxruntime(file: Path, variant: dict[str, Any], threads: int) -> Any:
 
 def _openvino(file: Path, variant: dict[str, Any], threads: int) -> Any:
     openvino: Any = importlib.import_module("openvino")
-    settings = {"INFERENCE_NUM_THREADS": threads} if threads else {}
+    settings = {"INFERENCE_PRECISION_HINT": "f32", **({"INFERENCE_NUM_THREADS": threads} if threads else {})}
     compiled = openvino.Core().compile_model(str(file), "CPU", settings)
     return lambda inputs: compiled(inputs)[0]
 

@@ -29,9 +29,10 @@ def try_out(slot: Path, threads: int = 0) -> dict[str, Any]:
     seconds = (limits["startup_s"] or STARTUP_SECONDS) + 30.0
     command = [sys.executable, "-m", __name__, str(slot), str(threads)]
     here = str(Path(__file__).resolve().parents[__name__.count(".")])
+    places = os.pathsep.join([here, *filter(None, [os.environ.get("PYTHONPATH")])])
     started = time.monotonic()
     process = subprocess.Popen(
-        command, env={**os.environ, "PYTHONPATH": here}, start_new_session=True,
+        command, env={**os.environ, "PYTHONPATH": places}, start_new_session=True,
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     try:
