@@ -7,6 +7,7 @@ is proven by HMAC-SHA256 of its body with the secret that the device and the reg
 import hashlib
 import hmac
 import json
+import logging
 import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -22,6 +23,8 @@ from starlette.staticfiles import StaticFiles
 
 from export.devices.errors import DeviceError
 from export.devices.registry import Registry
+
+logger = logging.getLogger(__name__)
 
 MAX_REPORT = 256 << 10
 """Bytes of a report; the largest real ones are a few kilobytes."""
@@ -57,7 +60,10 @@ def device_app(repository: Path, registry: Registry, refresh: Callable[[], None]
 
         def often() -> None:
             while refresh is not None and not stop.is_set():
-                refresh()
+                try:
+                    refresh()
+                except Exception:
+                    logger.exception("The repository was not signed anew; it is tried again in an hour.")
                 stop.wait(REFRESH_SECONDS)
 
         thread = threading.Thread(target=often, name="refresh", daemon=True)
