@@ -76,7 +76,7 @@ def rollout(
 
     Args:
         model: Registered model whose champion is bundled and rolled out, when no bundle is named.
-        bundle: Path of an .edgepkg file instead.
+        bundle: Path of an .edgepkg file; then this is rolled out, and model may be left out.
         devices: Names of the devices; without any, all of the registry.
         policy: Sizes of the rings, and what stops the rollout; without one the usual ones.
         go_on_with: Id of a rollout that was paused or left behind, instead of a new one.
@@ -117,8 +117,8 @@ def _begin(
     """A new rollout; None when there is nothing to do. Refuses what devices would refuse, before any is asked."""
     from export.bundle.package import open_package
 
-    if (model is None) == (bundle is None):
-        raise DeviceError("Rollout has no one source, expected a model or a bundle. Name one of them.")
+    if model is None and bundle is None:
+        raise DeviceError("Rollout has no source, expected a model or a bundle. Name one of them.")
     if not registry.devices():
         raise DeviceError("The registry has no devices, expected some. Add one: stillhouse devices add NAME")
     if bundle is not None:
@@ -130,6 +130,10 @@ def _begin(
         if file is None:
             return None
     statement = open_package(file, fleet.open_trust()).statement
+    if model not in (None, statement.name):
+        raise DeviceError(
+            f"Bundle '{file.name}' has model '{statement.name}', expected '{model}'. Name that model, or none."
+        )
     earlier = [each for each in registry.rollouts() if each.model == statement.name and each.seq >= statement.seq]
     if earlier:
         raise DeviceError(

@@ -118,6 +118,10 @@ class Form:
 
         self._patiently(clicked, f"button {button}")
 
+    def press(self, button: str) -> None:
+        """The last button of that name on the page, say in a dialog."""
+        self.click(button, last=True)
+
     def choose(self, value: str, part: str) -> None:
         """One of a dropdown's values."""
         from selenium.webdriver.support.ui import Select

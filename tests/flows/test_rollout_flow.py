@@ -200,7 +200,8 @@ def test_what_devices_would_refuse_is_refused_before_any_is_asked(world: World) 
     for parameters, words in (
         ({"bundle": bundle}, "expected more than"),
         ({"bundle": "/nowhere.edgepkg"}, "has no file"),
-        ({}, "no one source"),
+        ({}, "has no source"),
+        ({"bundle": bundle, "model": "shapes"}, "has model 'digits', expected 'shapes'"),
         ({"bundle": world.bundle()[1], "devices": ["gate-9"]}, "gate-9"),
         ({"model": "digits"}, "has no champion"),
     ):
