@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -207,6 +209,38 @@ def test_what_devices_would_refuse_is_refused_before_any_is_asked(world: World) 
     ):
         run = world.up.start("rollout", **parameters)
         assert words in world.ended(run, "Failed")["state"]["message"]
+
+
+def test_the_commands_start_pause_and_bring_the_whole_fleet_back(world: World) -> None:
+    def stillhouse(*words: str) -> tuple[int, str]:
+        command = [sys.executable, "-m", "flows.cli", *words]
+        done = subprocess.run(command, cwd=ROOT, env=world.up.environment, capture_output=True, text=True, check=False)
+        return done.returncode, done.stdout + done.stderr
+
+    def content() -> dict[str, Any]:
+        found = {}
+        for name, device in world.devices.items():
+            statement = durable.read_json(device.root / "current" / "statement.json", {})
+            found[name] = [each["sha256"] for each in statement["files"]]
+        return found
+
+    (seq, good), (_, newer) = world.bundle(), world.bundle()
+    code, said = stillhouse("rollout", "start", good, "--set", "shares=[1.0]")
+    assert (code, f"3 of 3 devices have digits {seq}" in said) == (0, True), said
+    before = content()
+    code, said = stillhouse("rollout", "start", newer, "--set", "approve=canary")
+    assert (code, "waits for approval" in said) == (4, True), said
+    paused = said.split("rollout resume ")[-1].split()[0]
+    assert stillhouse("rollout", "resume", paused)[0] == 0
+    assert content() != before
+    code, said = stillhouse("rollout", "back", "digits", "--reason", "misreads the new labels")
+    assert (code, f"holds what digits-{seq}.edgepkg holds" in said) == (0, True), said
+    assert content() == before
+    world._seq = max(world.active().values())
+    code, said = stillhouse("rollout", "start", world.bundle(bad=True)[1])
+    assert (code, "1 of 1 devices failed" in said) == (1, True), said
+    assert content() == before
+    assert f"runs digits {world._seq - 1}" in stillhouse("devices", "status", "gate-2")[1]
 
 
 def test_a_new_champion_starts_a_rollout_once_that_is_switched_on(world: World) -> None:
