@@ -27,7 +27,12 @@ RolloutArgument = Annotated[str, typer.Argument(help="Id of a rollout, or its be
 ReasonOption = Annotated[str, typer.Option(help="Why; kept in the log.")]
 SetOption = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="NAME=VALUE", help="A value of the policy, say canary=2; may be repeated."),
+    typer.Option(
+        "--set",
+        metavar="NAME=VALUE",
+        help="A value of the policy, may be repeated: canary, shares, concurrency, max_failures, min_reported, "
+        "abort_fraction, deadline_minutes, silent, bake_minutes, min_success, approve. See docs/devices.md.",
+    ),
 ]
 
 
