@@ -41,6 +41,9 @@ def main(arguments: Optional[list[str]] = None) -> int:
         return _say({"phase": "refused", "code": error.code, "text": str(error)}, REFUSED)
     except Failed as error:
         return _say({"phase": "rolled back", "code": error.code, "text": str(error)}, ROLLED_BACK)
+    except OSError as error:
+        text = f"Files cannot be read or written ({error}). Free some space, or look at permissions."
+        return _say({"phase": "refused", "code": "disk", "text": text}, REFUSED)
 
 
 def _say(value: Any, code: int = 0) -> int:
@@ -86,15 +89,12 @@ def _poll(device: Device, options: argparse.Namespace) -> Any:
     while True:
         try:
             found = pull.poll(device)
-        except (Refused, Failed) as error:
+        except (Refused, Failed, OSError) as error:
             if not options.every:
                 pull.deliver(device)
                 raise
-            found = {
-                "phase": "refused" if isinstance(error, Refused) else "rolled back",
-                "code": error.code,
-                "text": str(error),
-            }
+            phase = "rolled back" if isinstance(error, Failed) else "refused"
+            found = {"phase": phase, "code": getattr(error, "code", "disk"), "text": str(error)}
         pull.deliver(device)
         if not options.every:
             return found

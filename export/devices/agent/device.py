@@ -293,7 +293,8 @@ class Device:
         now, active = time.time(), self.active
         starts = durable.read_json(self.root / "starts.json", [])
         recent = [each for each in starts if each[0] == active and 0 <= now - each[1] < CRASH_SECONDS]
-        durable.write_json(self.root / "starts.json", [*recent, [active, now]])
+        with suppress(OSError):  # a full disk must not keep a model from answering
+            durable.write_json(self.root / "starts.json", [*recent, [active, now]])
         if len(recent) < CRASHES:
             return False
         try:
@@ -305,7 +306,8 @@ class Device:
 
     def ran_well(self) -> None:
         """Called by the server at an end that was asked for: no crash."""
-        durable.write_json(self.root / "starts.json", [])
+        with suppress(OSError):
+            durable.write_json(self.root / "starts.json", [])
 
     # --- words ---
 
@@ -333,10 +335,12 @@ class Device:
             "at": time.time(),
             **details,
         }
-        if queue and len(self.reports()) < MAX_REPORTS:
+        if queue:
             folder = self.root / "reports"
             folder.mkdir(exist_ok=True)
             durable.write_json(folder / f"{time.time_ns():020d}-{uuid.uuid4().hex[:8]}.json", report)
+            for path in self.reports()[:-MAX_REPORTS]:  # the newest says most
+                path.unlink()
         return report
 
     def reports(self) -> list[Path]:

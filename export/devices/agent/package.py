@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import errno
 import hashlib
 import os
 import re
@@ -108,8 +109,8 @@ def unpack(bundle: Bundle, slot: Path) -> None:
                 with archive.open(info) as member:
                     _copy(member, place, each["length"])
             except (zipfile.BadZipFile, OSError, EOFError, NotImplementedError) as error:
-                if isinstance(error, OSError) and error.errno is not None:
-                    raise
+                if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+                    raise  # of the disk; what says EINVAL is a place in the archive that is none
                 raise Refused("archive", f"Member '{each['path']}' cannot be read ({error}).") from error
     durable.write_json(slot / STATEMENT, bundle.statement)
     for folder in sorted(folders, reverse=True):

@@ -14,6 +14,7 @@ import http.client
 import json
 import os
 import re
+import shutil
 import time
 import urllib.error
 import urllib.request
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import Any, Iterator, Optional
 
 from . import durable, package
-from .device import Device
+from .device import SPARE_BYTES, Device
 from .errors import Failed, Refused
 
 CHUNK = 64 << 10
@@ -265,6 +266,9 @@ def fetch(url: str, folder: Path, length: int, digest: str, patience_s: float) -
     if whole.exists():  # a kill came before it was installed
         os.replace(whole, part)
     most = part.stat().st_size if part.exists() else 0
+    free, wanted = shutil.disk_usage(folder).free, length - most + SPARE_BYTES
+    if free < wanted:
+        raise Refused("disk", f"The disk has {free >> 20} MiB free, expected {wanted >> 20}. Free some space.")
     give_up, tries, reason = time.monotonic() + patience_s, 0, ""
     while (have := part.stat().st_size if part.exists() else 0) < length:
         if time.monotonic() > give_up:

@@ -12,6 +12,7 @@ import signal
 import threading
 import urllib.error
 import urllib.request
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, Optional
@@ -152,7 +153,8 @@ def serve(device: Device, port: int) -> None:
         signal.signal(signal.SIGHUP, lambda *_: wake.set())
         threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.1}, daemon=True).start()
         place = device.root / "serving.json"
-        durable.write_json(place, {"port": server.server_port, "pid": os.getpid()})
+        with suppress(OSError):  # without it an installation does not ask this server, which is better than none
+            durable.write_json(place, {"port": server.server_port, "pid": os.getpid()})
         print(f"Serving on http://{HOST}:{server.server_port}", flush=True)
         while not stop.is_set():
             active.look()
