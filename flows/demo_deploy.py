@@ -20,8 +20,8 @@ from tasks.settings import prepare_prefect, settings
 
 console = Console()
 RECIPE = "recipes/digits.yaml"
-NAMES = ("lab-1", "gate-1", "gate-2")
-"""The first one is reached over SSH, and is the canary."""
+NAMES = ("demo-lab", "demo-gate-1", "demo-gate-2")
+"""The first one is reached over SSH, and is the canary. No others' names: what they run is written down in MLflow."""
 
 
 def main(recipe: Path | None = None) -> int:
@@ -39,7 +39,7 @@ def main(recipe: Path | None = None) -> int:
         run = _compressed(recipe or settings().root / RECIPE)
         good, bad = _bundles(place, run)
         devices = _devices(place, stack)
-        _say("Rolling out", "canary lab-1, then gate-1, then gate-2")
+        _say("Rolling out", f"canary {NAMES[0]}, then the other two, one after the other")
         first = _roll_out(good)
         answers = _asked(devices)
         _say("Rolling out a bad bundle", "right for every golden input, it fails on a black image")
