@@ -61,20 +61,11 @@ def poll(device: Device, patience_s: float = 3600.0) -> dict[str, Any]:
 
 
 def _poll(device: Device, base: str, patience_s: float) -> dict[str, Any]:
-    updater, exceptions = _updater(device, base)
-    try:
-        updater.refresh()
-        _keep_floor(device)
-        order = _order(device, updater)
-        if order is None:
-            return {"phase": "nothing", "text": "The repository has nothing for this device."}
-        if order["seq"] <= device.floor["seq"].get(order["name"], 0):
-            return {"phase": "nothing", "text": f"{order['name']} {order['seq']} was installed here before."}
-        info = updater.get_targetinfo(order["bundle"])
-    except (exceptions.RepositoryError, exceptions.DownloadError, OSError, *UNEXPECTED) as error:
-        raise Refused(
-            "repository", f"Repository '{base}' cannot be trusted now ({type(error).__name__}: {error})."
-        ) from error
+    order, info = _ordered(device, base)
+    if order is None:
+        return {"phase": "nothing", "text": "The repository has nothing for this device."}
+    if order["seq"] <= device.floor["seq"].get(order["name"], 0):
+        return {"phase": "nothing", "text": f"{order['name']} {order['seq']} was installed here before."}
     if info is None:
         raise Refused("repository", f"The repository has no '{order['bundle']}', expected the bundle it names.")
     digest = info.hashes.get("sha256")
@@ -87,6 +78,8 @@ def _poll(device: Device, base: str, patience_s: float) -> dict[str, Any]:
         return {"phase": "nothing", "text": f"{order['name']} {order['seq']} was tried here, and is not taken."}
     url = f"{base}/targets/{_hashed(order['bundle'], digest)}"
     file = fetch(url, device.root / "inbox", info.length, digest, patience_s)
+    if _ordered(device, base)[0] != order:  # it may have taken hours; the file is kept, and found by the next poll
+        return {"phase": "nothing", "text": f"{order['name']} {order['seq']} was taken back while it was fetched."}
     try:
         said = package.read(file, device.trust).statement
         if (said["name"], said["seq"]) != (order["name"], order["seq"]):
@@ -100,6 +93,24 @@ def _poll(device: Device, base: str, patience_s: float) -> dict[str, Any]:
         raise
     finally:
         file.unlink()
+
+
+def _ordered(device: Device, base: str) -> tuple[Optional[dict[str, Any]], Any]:
+    """What the repository wants this device to have now, and what it says of that bundle; None where there is nothing.
+
+    Raises:
+        Refused: metadata that are not to be trusted.
+    """
+    updater, exceptions = _updater(device, base)
+    try:
+        updater.refresh()
+        _keep_floor(device)
+        order = _order(device, updater)
+        return order, updater.get_targetinfo(order["bundle"]) if order else None
+    except (exceptions.RepositoryError, exceptions.DownloadError, OSError, *UNEXPECTED) as error:
+        raise Refused(
+            "repository", f"Repository '{base}' cannot be trusted now ({type(error).__name__}: {error})."
+        ) from error
 
 
 def _order(device: Device, updater: Any) -> Optional[dict[str, Any]]:

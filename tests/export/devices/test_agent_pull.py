@@ -133,6 +133,26 @@ def test_a_device_takes_what_was_ordered_for_it_and_nothing_twice(fleet: Fleet) 
     assert list((fleet.device.root / "inbox").glob("*.edgepkg")) == []
 
 
+def test_an_order_that_is_taken_back_during_the_download_is_not_followed(fleet: Fleet) -> None:
+    fleet.order(1)
+    pull.poll(fleet.device)
+    fleet.order(2)
+
+    def taken_back(path: str, content: bytes) -> bytes:
+        if path.endswith("edgepkg"):
+            fleet.repository.publish(orders={"lab-1": None})
+        return content
+
+    fleet.web.mutate = staticmethod(taken_back)
+    assert "taken back" in pull.poll(fleet.device)["text"]
+    assert fleet.active() == 1
+    fleet.web.mutate = staticmethod(lambda path, content: content)
+    fleet.repository.publish(orders={"lab-1": Order(bundle="digits-2.edgepkg", name="digits", seq=2)})
+    fleet.web.sent.clear()
+    assert pull.poll(fleet.device)["phase"] == "committed"
+    assert [path for path, _, _ in fleet.web.sent if path.endswith("edgepkg")] == []  # it was kept
+
+
 def test_an_order_for_another_device_is_none_of_its_business(fleet: Fleet) -> None:
     fleet.order(1)
     fleet.repository.publish(orders={"lab-1": None, "lab-2": Order(bundle="digits-1.edgepkg", name="digits", seq=1)})
