@@ -48,6 +48,12 @@ PULL = [
             STATE + "test_another_signed_bundle_than_the_one_ordered_is_refused",
         ),
         (
+            "the order still stands after the download",
+            "if _ordered(device, base)[0] != order:",
+            "if False:",
+            "test_agent_pull.py::test_an_order_that_is_taken_back_during_the_download_is_not_followed",
+        ),
+        (
             "proof of a report",
             "hmac.new(secret.encode(), body,",
             'hmac.new(b"", body,',
@@ -218,6 +224,27 @@ FLEET = [
             "file.seek(have)",
             "have = 0",
             "test_push.py::test_what_was_sent_is_not_sent_again",
+        ),
+    ),
+    *server(
+        "server.py",
+        (
+            "who sends a report proves it",
+            "if not device.secret or not hmac.compare_digest(wanted, proof):",
+            "if False:",
+            "test_server.py::test_what_is_not_proven_or_cannot_be_read_changes_nothing",
+        ),
+        (
+            "a report is of whom it says",
+            'if report["device"] != name:',
+            "if False:",
+            "test_server.py::test_what_is_not_proven_or_cannot_be_read_changes_nothing",
+        ),
+        (
+            "length of a report",
+            'if int(request.headers.get("content-length") or MAX_REPORT + 1) > MAX_REPORT:',
+            "if False:",
+            "test_server.py::test_a_report_without_end_is_not_read",
         ),
     ),
     *server(
