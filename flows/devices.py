@@ -98,15 +98,30 @@ def add(
     console.print("There, as root: tar xzf it, and run install.sh in its folder.", markup=False, highlight=False)
 
 
+@app.command(epilog="Example: stillhouse devices kit gate-1 --server https://devices.example.org")
+def kit(
+    name: NameArgument,
+    server: Annotated[
+        str, typer.Option(help="Address at which the device reaches `stillhouse devices serve`.", show_default=False)
+    ] = "",
+    out: Annotated[Path | None, typer.Option(help="Where it goes; default NAME-kit.tar.gz.")] = None,
+) -> None:
+    """Write the kit of a device again: with the agent of now, for a machine that takes its place or an upgrade."""
+    path = write_kit_of(name, server, out or Path(f"{name}-kit.tar.gz"))
+    console.print(f"Wrote {path}: it holds a secret, and makes one machine {name}.", highlight=False, soft_wrap=True)
+
+
 @app.command(epilog="Example: stillhouse devices remove gate-1")
 def remove(name: NameArgument) -> None:
     """Take a device out of the registry; what it reported stays. It goes on with what it has."""
     from flows import fleet
 
+    has_order = fleet.is_set_up() and name in fleet.open_repository(()).orders
+    repository = fleet.open_repository() if has_order else None  # its keys open, or nothing is done
     with opened() as registry:
         registry.remove(name)
-        if fleet.is_set_up() and name in fleet.open_repository(()).orders:
-            fleet.open_repository().publish(orders={name: None})
+    if repository is not None:
+        repository.publish(orders={name: None})
     console.print(f"Removed {name}.", highlight=False)
 
 
@@ -168,10 +183,8 @@ def add_device(name: str, *, ssh: str | None, user: str, host_key: str, first: b
         BundleError: the kit is there already.
     """
     from export.devices.errors import DeviceError
-    from export.devices.kit import write_kit
     from export.devices.registry import DeviceEntry
     from flows import fleet
-    from flows.bundling import TRUST
 
     if not fleet.is_set_up():
         raise DeviceError(f"Folder '{settings().devices_dir}' has no repository, expected one. {fleet.SETUP}")
@@ -188,14 +201,30 @@ def add_device(name: str, *, ssh: str | None, user: str, host_key: str, first: b
     )
     with opened() as registry:
         registry.add(device)
+    return write_kit_of(name, server, kit)
+
+
+def write_kit_of(name: str, server: str, path: Path) -> Path:
+    """The kit of a device that is in the registry.
+
+    Raises:
+        DeviceError: there is no such device.
+        BundleError: the file is there already.
+    """
+    from export.devices.kit import write_kit
+    from flows import fleet
+    from flows.bundling import TRUST
+
+    with opened() as registry:
+        device = registry.device(name)
     root = (fleet.repository_folder() / "metadata" / "1.root.json").read_bytes()
     return write_kit(
-        kit,
+        path,
         device,
         trust=(settings().keys_dir / TRUST).read_bytes(),
         root=root,
         server=server or f"http://{settings().device_address}",
-        operator=fleet.operator_public() if ssh else "",
+        operator=fleet.operator_public() if device.transport == "ssh" else "",
     )
 
 

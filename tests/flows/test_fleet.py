@@ -127,6 +127,16 @@ def test_an_ssh_devices_kit_lets_the_operators_key_in_and_needs_the_hosts(folder
     assert fleet.operator_public().split()[1] in line
 
 
+def test_a_kit_is_written_again_with_the_same_secret(folder: FleetFolder, tmp_path: Path) -> None:
+    devices_command("add", "gate-1")
+    devices_command("kit", "gate-1", "--out", "again.tar.gz")
+    kits = [unpack_kit(folder.root / name, tmp_path / name[:3]) for name in ("gate-1-kit.tar.gz", "again.tar.gz")]
+    first, again = ({path.name: path.read_bytes() for path in kit.rglob("*") if path.is_file()} for kit in kits)
+    assert first == again
+    with pytest.raises(DeviceError, match="not in the registry"):
+        devices.write_kit_of("gate-9", "", Path("x.tar.gz"))
+
+
 def test_a_kit_is_never_written_over_another_nor_a_device_entered_without_one(folder: FleetFolder) -> None:
     Path("gate-1-kit.tar.gz").write_text("something else")
     with pytest.raises(StillhouseError, match="has been there before"):
@@ -156,6 +166,11 @@ def test_a_removed_device_gets_no_more_orders(folder: FleetFolder) -> None:
     add("gate-1")
     bundle = folder.bundle(1)
     fleet.open_repository().publish(bundle, {"gate-1": Order(bundle=bundle.name, name="digits", seq=1)})
+    (folder.root / "keys" / "repository" / "targets.pem").rename(folder.root / "elsewhere")
+    with pytest.raises(StillhouseError):
+        devices_command("remove", "gate-1")
+    assert "gate-1" in devices_command()  # nothing was done by halves
+    (folder.root / "elsewhere").rename(folder.root / "keys" / "repository" / "targets.pem")
     devices_command("remove", "gate-1")
     assert fleet.open_repository(()).orders == {}
     assert "device removed  device=gate-1" in devices_command("log")
