@@ -84,8 +84,42 @@ def test_the_demo_stops_the_bad_bundle_at_the_canary(tmp_path: Path) -> None:
     assert done.stdout.count("yes ") >= 3
     assert "rolled back" in done.stdout
     assert "Aborted" in done.stdout or "aborted" in done.stdout
+    the_champion_can_be_bundled_and_rolled_out(tmp_path)
     left = [place for place in Path("/proc").glob("[0-9]*/cmdline") if str(tmp_path).encode() in _read(place)]
     assert left == []
+
+
+def the_champion_can_be_bundled_and_rolled_out(root: Path) -> None:
+    """What a promotion starts: a new bundle of the champion, or nothing where every device has it."""
+    from export.bundle.package import open_package
+    from export.devices.registry import Registry
+    from export.devices.rollout import RolloutPolicy
+    from flows import fleet
+    from flows.rollout import bundle_of_champion
+    from tasks import tracking
+    from tasks.settings import settings
+
+    caches = (settings, tracking.client, tracking.experiment_id)
+    demo = root / ".stillhouse" / "demo-deploy"
+    with pytest.MonkeyPatch.context() as patch:
+        for name, place in {"ROOT": root, "KEYS": demo / "keys", "FLEET": demo / "fleet"}.items():
+            patch.setenv(f"STILLHOUSE_{name}", str(place))
+        for cache in caches:
+            cache.cache_clear()
+        registry: Registry = fleet.open_registry()
+        path = bundle_of_champion(registry, "tiny")
+        assert path is not None
+        statement = open_package(path, fleet.open_trust()).statement
+        assert (statement.name, statement.version, statement.seq) == ("tiny", "1", 3)
+        made = registry.start(model="tiny", seq=3, bundle=str(path), policy=RolloutPolicy())
+        for device in registry.devices():
+            report = {"device": device.id, "phase": "committed", "name": "tiny", "seq": 3, "version": "1"}
+            registry.receive({**report, "sha256": statement.content.sha256, "key": f"{device.id}/tiny/3"})
+        registry.set_state(made.id, "done")
+        assert bundle_of_champion(registry, "tiny") is None
+        registry.close()
+    for cache in caches:
+        cache.cache_clear()
 
 
 def _read(place: Path) -> bytes:

@@ -1,5 +1,6 @@
 """Rollouts with everything real: Prefect server and worker, device server, agents from their kits, kills and forms."""
 
+import json
 import os
 import signal
 import subprocess
@@ -130,8 +131,10 @@ def test_a_bundle_goes_ring_by_ring_and_everybody_can_see_it(world: World) -> No
     found = world.ended(run, "RolledOut")
     assert f"3 of 3 devices have digits {seq}" in found["state"]["message"]
     assert set(world.active().values()) == {seq}
-    table = world.up.artifact("rollout-digits")["data"]
-    assert all(f'"outcome": "committed", "runs": "digits {seq}"' in table for _ in [0])
+    rows = json.loads(world.up.artifact("rollout-digits")["data"])
+    assert rows[0]["device"] == "gate-1"
+    assert {(row["outcome"], row["runs"]) for row in rows} == {("committed", f"digits {seq}")}
+    assert all(row["p50"].endswith(" ms") and not row["why"] for row in rows)
     assert world.up.artifact("rollout-progress-digits")["data"] == 100.0
     with opened() as registry:
         assert {device.active["seq"] for device in registry.devices()} == {seq}
