@@ -57,6 +57,7 @@ def start(
 ) -> None:
     """Roll a bundle out: canaries first, then ring by ring; a bad one stops there and devices go back."""
     policy = policy_of(set_ or [])
+    check_source(bundle, model)
     asked = {"model": model, "bundle": None if bundle is None else str(bundle), "devices": device or None}
     raise typer.Exit(carry_out_here(console, {**asked, "policy": policy}))
 
@@ -113,6 +114,25 @@ def back(
     file = issue_again(console, model, to)
     console.print(f"Going back to what {file.name} holds. {reason}".rstrip(), markup=False, highlight=False)
     raise typer.Exit(carry_out_here(console, {"bundle": str(file), "policy": policy}))
+
+
+def check_source(bundle: Path | None, model: str | None) -> None:
+    """Refuse what needs no server to be refused.
+
+    Raises:
+        InputError: there is no bundle, or not one that the trusted keys have signed, or no device.
+    """
+    from export.devices.errors import DeviceError
+    from flows import fleet
+    from flows.bundling import check_bundle
+
+    if bundle is None and model is None:
+        raise DeviceError("Rollout has no source, expected a bundle or --model. Name one of them.")
+    with opened() as registry:
+        if not registry.devices():
+            raise DeviceError("The registry has no devices, expected some. Add one: stillhouse devices add NAME")
+    if bundle is not None:
+        check_bundle(bundle, fleet.open_trust())
 
 
 def policy_of(changes: Sequence[str]) -> "RolloutPolicy":

@@ -194,6 +194,18 @@ def test_a_wrong_policy_names_the_field_and_what_it_takes(change: str, words: st
         rollouts.policy_of([change])
 
 
+def test_what_needs_no_server_is_refused_without_one(folder: FleetFolder) -> None:
+    stranger = folder.bundle(1)
+    stranger.write_bytes(stranger.read_bytes() + b"x")
+    with pytest.raises(StillhouseError, match="no devices"):
+        rollouts.check_source(stranger, None)
+    add("gate-1")
+    for bundle, words in ((None, "has no source"), (Path("nowhere.edgepkg"), "nowhere"), (stranger, "digits-1")):
+        with pytest.raises(StillhouseError, match=words):
+            rollouts.check_source(bundle, None)
+    rollouts.check_source(folder.bundle(2), None)
+
+
 def test_changes_of_the_policy_are_read_as_yaml() -> None:
     policy = rollouts.policy_of(["shares=[0.5, 1.0]", "approve=canary", "abort_fraction=0.2"])
     assert (policy.shares, policy.approve, policy.abort_fraction) == ((0.5, 1.0), "canary", 0.2)
