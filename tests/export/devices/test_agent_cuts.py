@@ -113,11 +113,14 @@ def power_cuts(
         found = cuts.points(place / "device", bundle, calls, tmp_path / "trace", code)
     wrong = []
     for point in found[::step]:
-        disk = base.as_cut(tmp_path / "now.img")
-        with disk.mounted(place):
-            reached = cuts.killed_at(point, place / "device", bundle, code)
-            cut = disk.as_cut(tmp_path / "cut.img")
-        if not reached:
+        for _ in range(2):  # once, on a busy machine, one of 200 was not reached; why is not known
+            disk = base.as_cut(tmp_path / "now.img")
+            with disk.mounted(place):
+                reached = cuts.killed_at(point, place / "device", bundle, code)
+                cut = disk.as_cut(tmp_path / "cut.img")
+            if reached:
+                break
+        else:
             wrong.append(f"not reached: {point}")
             continue
         with cut.mounted(place):
