@@ -255,16 +255,16 @@ def test_a_new_champion_starts_a_rollout_once_that_is_switched_on(world: World) 
     def started() -> list[dict[str, Any]]:
         event = {
             **{"id": str(uuid4()), "occurred": datetime.now(UTC).isoformat(), "event": "stillhouse.model.promoted"},
-            "resource": {"prefect.resource.id": "stillhouse.model.shapes"},
+            "resource": {"prefect.resource.id": "stillhouse.model.gauges"},
             "payload": {"version": 3, "reason": "r", "by": "b"},
         }
         world.up.api("/events", [event])  # again and again: it takes a moment until the switch counts
         time.sleep(2)
         runs = world.up.runs("SCHEDULED", "PENDING", "RUNNING", "FAILED", "COMPLETED", deployment="rollout")
-        return [run for run in runs if run["parameters"].get("model") == "shapes"]
+        return [run for run in runs if run["parameters"].get("model") == "gauges"]
 
     run, *_ = wait_for(started, 60, "a rollout of the new champion")
-    assert "Model 'shapes' has no champion" in world.ended(run["id"], "Failed")["state"]["message"]
+    assert "Model 'gauges' has no champion" in world.ended(run["id"], "Failed")["state"]["message"]
 
 
 def test_the_device_server_of_up_serves_the_repository(world: World) -> None:
