@@ -5,6 +5,7 @@ rolled out). Keys are elsewhere, in the key folder: ``repository/<role>.pem`` an
 that sign bundles.
 """
 
+import filecmp
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -182,7 +183,7 @@ def keep_bundle(file: Path) -> Path:
     if file.resolve() == kept.resolve():
         return kept
     if kept.exists():
-        if kept.read_bytes() != file.read_bytes():
+        if not filecmp.cmp(kept, file, shallow=False):
             raise DeviceError(
                 f"Bundle '{file.name}' has other content than the one of that name that was rolled out, expected the "
                 "same. A number is given once: make it again with --seq."
