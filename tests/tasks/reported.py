@@ -156,30 +156,6 @@ def table(run_id: str, folder: Path) -> dict[str, dict[str, str]]:
         return {row["device"]: row for row in csv.DictReader(file)}
 
 
-class Killed(BaseException):
-    """Stands for SIGKILL: nothing in the code under test may catch it."""
-
-
-class Kills:
-    """The client, but the process dies instead of making the writing call number ``number``."""
-
-    def __init__(self, client: Any, number: int) -> None:
-        self.client, self.left = client, number
-
-    def __getattr__(self, name: str) -> Any:
-        call = getattr(self.client, name)
-        if not name.startswith(("set_", "delete_", "create_", "update_", "log_")):
-            return call
-
-        def counted(*args: Any, **kwargs: Any) -> Any:
-            self.left -= 1
-            if self.left < 0:
-                raise Killed(name)
-            return call(*args, **kwargs)
-
-        return counted
-
-
 def table_here() -> Any:
     """A table of this machine, without the minute it takes to measure one."""
     clock = Sized(SHAPE, dict(OnnxRuntimeClock(SHAPE, batch=1).facts))

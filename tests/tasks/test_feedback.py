@@ -26,13 +26,12 @@ from tasks.settings import settings
 from tasks.stage import Stage, StageResult, use_runner
 from tests.flows.registered import add_version
 from tests.flows.tiny_recipe import tiny_recipe
+from tests.tasks.killed_client import Killed, Kills
 from tests.tasks.reported import (
     MODEL,
     NETS,
     SHAPE,
     Fleet,
-    Killed,
-    Kills,
     Lab,
     forget,
     history,

@@ -25,6 +25,7 @@ from tasks.registry import RegistryError
 from tasks.settings import settings
 from tasks.stage import DirectRunner, StageIndex, StageResult
 from tests.flows.registered import add_version
+from tests.tasks.killed_client import Killed, Kills
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -50,30 +51,6 @@ def one_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.fixture
 def model() -> str:
     return f"model-{next(numbers)}"
-
-
-class Killed(BaseException):
-    """Stands for SIGKILL: nothing in the code under test may catch it."""
-
-
-class Kills:
-    """The client, but the process dies instead of making the writing call number ``number``."""
-
-    def __init__(self, client: Any, number: int) -> None:
-        self.client, self.left = client, number
-
-    def __getattr__(self, name: str) -> Any:
-        call = getattr(self.client, name)
-        if not name.startswith(("set_", "delete_", "create_", "update_")):
-            return call
-
-        def counted(*args: Any, **kwargs: Any) -> Any:
-            self.left -= 1
-            if self.left < 0:
-                raise Killed(name)
-            return call(*args, **kwargs)
-
-        return counted
 
 
 def killed_at_each_call(monkeypatch: pytest.MonkeyPatch, act: Callable[[int], Any], check: Callable[[int], Any]) -> int:

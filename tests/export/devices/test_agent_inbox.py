@@ -5,19 +5,16 @@ from pathlib import Path
 
 import pytest
 
-from export.devices.agent import durable, inbox
+from export.devices.agent import inbox
 from export.devices.agent.device import Device
 from export.devices.agent.errors import Refused
 from tests.export.devices import made_up_bundle as made_up
+from tests.export.devices.test_agent_device import new_device
 
 
 @pytest.fixture
 def device(tmp_path: Path) -> Device:
-    root = tmp_path / "device"
-    (root / "slots").mkdir(parents=True)
-    durable.write_json(root / "config.json", {"device": "lab-1"})
-    durable.write_json(root / "trust.json", made_up.trust())
-    return Device(root)
+    return new_device(tmp_path / "device")
 
 
 def enter(device: Device, command: str, data: bytes = b"") -> object:
