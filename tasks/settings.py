@@ -9,6 +9,8 @@ from typing import Literal
 from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from tasks.parsing import serialize_parsing
+
 SOURCE_ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -106,6 +108,7 @@ def settings() -> Settings:
 
 def prepare_prefect() -> None:
     """Set Prefect's environment before it is imported: own home, patient clients, no pickles, no telemetry."""
+    serialize_parsing()
     defaults = {
         "PREFECT_HOME": str(settings().home_dir / "prefect"),
         "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
