@@ -15,10 +15,12 @@ import json
 import os
 import re
 import shutil
+import socket
+import threading
 import time
 import urllib.error
 import urllib.request
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Iterator, Optional
 
@@ -32,8 +34,8 @@ STALL_SECONDS = 15.0
 PAUSES = (0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 """Between attempts; the last one again and again."""
 ROLES = ("root", "timestamp", "snapshot", "targets")
-METADATA_SECONDS = 300.0
-"""A file of metadata that takes longer is one of a server that wants to keep us waiting."""
+ANSWER_SECONDS = 300.0
+"""Metadata and replies that take longer are those of a server that wants to keep us waiting."""
 MAX_ROTATIONS = 1 << 16
 """The chain of roots is walked from the first one at each poll, so this is for the whole life of a device."""
 UNEXPECTED = (http.client.HTTPException, ValueError, KeyError, TypeError, RecursionError)
@@ -152,14 +154,11 @@ def deliver(device: Device) -> int:
             "x-stillhouse-device": report["device"],
             "x-stillhouse-proof": proof,
         }
-        try:
-            request = urllib.request.Request(address, body, headers)
-            with urllib.request.urlopen(request, timeout=STALL_SECONDS) as answer:
-                if b'"new"' not in answer.read(CHUNK):
-                    raise ConnectionError(f"'{address}' has answered something else than a place for reports")
-        except urllib.error.HTTPError as error:
-            if error.code not in (400, 413) or b'"error"' not in error.read(CHUNK):
-                raise  # only the server itself may say that a report is one it will never take
+        with _asked(urllib.request.Request(address, body, headers), ANSWER_SECONDS) as answer:
+            said = answer.read(CHUNK)
+        never = answer.status in (400, 413) and b'"error"' in said  # only the server itself may say so of a report
+        if not never and not (answer.status == 200 and b'"new"' in said):
+            raise ConnectionError(f"'{address}' has answered something else than a place for reports")
 
     sent = 0
     with suppress(OSError, http.client.HTTPException, Refused), device.locked("delivering"):
@@ -187,18 +186,12 @@ def _updater(device: Device, base: str) -> tuple[Any, Any]:
 
         def _fetch(self, url: str) -> Iterator[bytes]:
             try:
-                response = _open(url, {})
-            except urllib.error.HTTPError as error:
-                raise exceptions.DownloadHTTPError(f"HTTP status {error.code}", error.code) from error
-            return self._chunks(response)
-
-        def _chunks(self, response: Any) -> Iterator[bytes]:
-            give_up = time.monotonic() + METADATA_SECONDS
-            with response:
-                while chunk := response.read1(CHUNK):
-                    yield chunk
-                    if time.monotonic() > give_up:
-                        raise exceptions.SlowRetrievalError(f"It took more than {METADATA_SECONDS:.0f} s")
+                with _asked(_request(url), ANSWER_SECONDS) as answer:
+                    if answer.status != 200:
+                        raise exceptions.DownloadHTTPError(f"HTTP status {answer.status}", answer.status)
+                    yield from iter(lambda: answer.read1(CHUNK), b"")
+            except (OSError, http.client.HTTPException) as error:
+                raise exceptions.DownloadError(f"{type(error).__name__}: {error}") from error
 
     for name in ("metadata", "inbox"):
         (device.root / name).mkdir(exist_ok=True)
@@ -259,9 +252,67 @@ def _started_anew(folder: Path, version: int, root: dict[str, Any]) -> set[str]:
     return replaced | ({"targets"} if "snapshot" in replaced else set())
 
 
-def _open(url: str, headers: dict[str, str]) -> Any:
-    request = urllib.request.Request(url, headers={"accept-encoding": "identity", **headers})
-    return urllib.request.urlopen(request, timeout=STALL_SECONDS)
+def _request(url: str, headers: Optional[dict[str, str]] = None) -> urllib.request.Request:
+    return urllib.request.Request(url, headers={"accept-encoding": "identity", **(headers or {})})
+
+
+@contextmanager
+def _asked(request: urllib.request.Request, seconds: float) -> Iterator[Any]:
+    """The answer to a request, also one of refusal. It is cut off after so long, however steadily single bytes come.
+
+    Raises:
+        TimeoutError: it was cut, or no byte came for ``STALL_SECONDS``.
+    """
+    sockets: list[Any] = []
+    late = threading.Event()
+
+    def cut() -> None:
+        late.set()
+        for each in sockets:
+            with suppress(OSError):  # it is closed already
+                socket.socket.shutdown(each, socket.SHUT_RDWR)
+
+    class Answer(http.client.HTTPResponse):
+        def __init__(self, sock: Any, *rest: Any, **named: Any) -> None:
+            sockets.append(sock)
+            super().__init__(sock, *rest, **named)
+            if late.is_set():  # of an earlier one, which sent us here
+                cut()
+
+    def connection(kind: Any) -> Any:
+        def make(host: str, **named: Any) -> Any:
+            made = kind(host, **named)
+            made.response_class = Answer
+            return made
+
+        return make
+
+    class Plain(urllib.request.HTTPHandler):
+        def http_open(self, req: Any) -> Any:
+            return self.do_open(connection(http.client.HTTPConnection), req)
+
+    class Secure(urllib.request.HTTPSHandler):
+        def https_open(self, req: Any) -> Any:
+            return self.do_open(connection(http.client.HTTPSConnection), req)
+
+    timer = threading.Timer(seconds, cut)
+    timer.daemon = True
+    timer.start()
+    try:
+        try:
+            answer = urllib.request.build_opener(Plain, Secure).open(request, timeout=STALL_SECONDS)
+        except urllib.error.HTTPError as error:
+            answer = error
+        with answer:
+            yield answer
+    except Exception as error:
+        if late.is_set():
+            raise TimeoutError(f"It took more than {seconds:g} s") from error
+        raise
+    finally:
+        timer.cancel()
+    if late.is_set():  # what ended there only looks whole
+        raise TimeoutError(f"It took more than {seconds:g} s")
 
 
 def fetch(url: str, folder: Path, length: int, digest: str, patience_s: float) -> Path:
@@ -287,7 +338,7 @@ def fetch(url: str, folder: Path, length: int, digest: str, patience_s: float) -
                 "network", f"'{url}' did not come: {have} of {length} bytes in time. {reason} The part is kept."
             )
         try:
-            _fetch_more(url, part, mark, have, length, max(give_up, time.monotonic() + STALL_SECONDS))
+            _fetch_more(url, part, mark, have, length, max(give_up - time.monotonic(), STALL_SECONDS))
         except (OSError, http.client.HTTPException, ValueError) as error:
             reason = f"{type(error).__name__}: {error}."
         now = part.stat().st_size if part.exists() else 0
@@ -308,18 +359,20 @@ def fetch(url: str, folder: Path, length: int, digest: str, patience_s: float) -
     return whole
 
 
-def _fetch_more(url: str, part: Path, mark: Path, have: int, length: int, give_up: float) -> None:
+def _fetch_more(url: str, part: Path, mark: Path, have: int, length: int, seconds: float) -> None:
     """One request. What a cut leaves is kept for the next one."""
     tag: Optional[str] = mark.read_text() if mark.exists() else None
     headers = {"range": f"bytes={have}-", **({"if-range": tag} if tag else {})} if have else {}
-    with _open(url, headers) as response:
+    with _asked(_request(url, headers), seconds) as response:
         if response.headers.get("content-encoding", "identity") != "identity":
             raise ValueError("the server has encoded it")
+        if response.status not in (200, 206):
+            raise ValueError(f"the server sent {response.status}, expected the file")
         place = f"bytes {have}-{length - 1}/{length}"
         if response.status == 206 and response.headers.get("content-range") != place:
             raise ValueError(f"the server sent {response.headers.get('content-range')}, expected {place}")
-        if response.status != 206 and (response.length or 0) < length:  # a page of somebody on the way
-            raise ValueError(f"the server sent {response.status} with {response.length} bytes, expected {length}")
+        if response.status == 200 and (response.length or 0) < length:  # a page of somebody on the way
+            raise ValueError(f"the server sent {response.length} bytes, expected {length}")
         if have and response.status != 206:
             have = 0  # another file than before: from the start
         found = TAG.fullmatch(response.headers.get("etag") or "")
@@ -327,7 +380,7 @@ def _fetch_more(url: str, part: Path, mark: Path, have: int, length: int, give_u
         with open(part, "r+b" if part.exists() else "wb") as file:
             file.truncate(have)
             file.seek(have)
-            while have < length and time.monotonic() < give_up:
+            while have < length:
                 chunk = response.read1(min(CHUNK, length - have))
                 if not chunk:
                     break

@@ -54,6 +54,18 @@ PULL = [
             "test_agent_pull.py::test_an_order_that_is_taken_back_during_the_download_is_not_followed",
         ),
         (
+            "an end of waiting for an answer that comes in drops",
+            "    timer.start()\n",
+            "",
+            "test_network_faults.py::test_an_answer_whose_head_comes_in_drops_is_given_up_and_the_part_kept",
+        ),
+        (
+            "what was cut off is not taken for the whole",
+            "if late.is_set():  # what ended there only looks whole",
+            "if False:",
+            "test_network_faults.py::test_a_reply_that_comes_in_drops_is_not_waited_for[200 OK]",
+        ),
+        (
             "proof of a report",
             "hmac.new(secret.encode(), body,",
             'hmac.new(b"", body,',

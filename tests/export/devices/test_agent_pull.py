@@ -1,17 +1,23 @@
 """Pulling from a real TUF repository over a real HTTP server: what comes, what is refused, what is fetched twice."""
 
+import ipaddress
 import json
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from datetime import timedelta
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime, timedelta
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
 from securesystemslib.signer import CryptoSigner
 
 from export.devices import repository as repositories
@@ -67,15 +73,17 @@ class Web(SimpleHTTPRequestHandler):
 
 
 @contextmanager
-def served(folder: Path) -> Iterator[tuple[str, type[Web]]]:
+def served(folder: Path, tls: ssl.SSLContext | None = None) -> Iterator[tuple[str, type[Web]]]:
     fields: dict[str, Any] = {"folder": folder, "cuts": [], "sent": [], "mutate": lambda path, data: data}
     fields |= {"headers_more": {}}
     fields["mutate"] = staticmethod(fields["mutate"])
     web = type("Bound", (Web,), fields)
     with ThreadingHTTPServer(("127.0.0.1", 0), web) as server:
         server.daemon_threads = True
+        if tls:
+            server.socket = tls.wrap_socket(server.socket, server_side=True)
         threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}", web
+        yield f"http{'s' if tls else ''}://127.0.0.1:{server.server_port}", web
         server.shutdown()
 
 
@@ -233,6 +241,52 @@ def test_a_server_that_never_answers_is_given_up(tmp_path: Path, monkeypatch: py
         fleet = Fleet(tmp_path, f"http://127.0.0.1:{silent.getsockname()[1]}", Web)
         started = time.monotonic()
         with pytest.raises(Refused, match="cannot be trusted now"):
+            pull.poll(fleet.device)
+        assert time.monotonic() - started < 5
+
+
+def certificate(folder: Path) -> tuple[Path, Path]:
+    """A certificate of this machine that nobody else has signed, and its key."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "127.0.0.1")])
+    here = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))])
+    now = datetime.now(UTC)
+    made = x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+    made = made.not_valid_before(now - timedelta(days=1)).not_valid_after(now + timedelta(days=1))
+    signed = made.add_extension(here, critical=False).sign(key, hashes.SHA256())
+    pem, secret = folder / "server.pem", folder / "server.key"
+    pem.write_bytes(signed.public_bytes(serialization.Encoding.PEM))
+    form = serialization.PrivateFormat.PKCS8
+    secret.write_bytes(key.private_bytes(serialization.Encoding.PEM, form, serialization.NoEncryption()))
+    return pem, secret
+
+
+def test_over_tls_a_certificate_must_be_trusted_and_nobody_keeps_us_waiting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "repository").mkdir()
+    pem, secret = certificate(tmp_path)
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    tls.load_cert_chain(pem, secret)
+
+    def in_drops(web: Web) -> None:
+        with suppress(OSError):
+            for place in range(1000):
+                web.wfile.write(b"HTTP/1.1 200 OK\r\nx: "[place : place + 1] or b"y")
+                time.sleep(0.01)
+        web.close_connection = True
+
+    with served(tmp_path / "repository", tls) as (address, web):
+        fleet = Fleet(tmp_path, address, web)
+        fleet.order(1)
+        with pytest.raises(Refused, match="CERTIFICATE_VERIFY_FAILED"):
+            pull.poll(fleet.device)
+        monkeypatch.setenv("SSL_CERT_FILE", str(pem))
+        assert pull.poll(fleet.device)["phase"] == "committed"
+        monkeypatch.setattr(web, "do_GET", in_drops)
+        monkeypatch.setattr(pull, "ANSWER_SECONDS", 0.3)
+        started = time.monotonic()
+        with pytest.raises(Refused, match="took more than"):
             pull.poll(fleet.device)
         assert time.monotonic() - started < 5
 

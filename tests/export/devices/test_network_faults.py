@@ -70,6 +70,8 @@ STRANGE = {
     "reset at once": Fault(instead=b"", after=0, then="reset"),
 }
 
+HEAD_IN_DROPS = Fault(after=20, then="drip")
+
 
 def in_time(seconds: float, act: Callable[..., Any], *arguments: Any) -> Any:
     """Carry out in this process; a test that waits for ever says where."""
@@ -279,6 +281,24 @@ def test_a_download_of_drops_is_given_up_and_its_part_kept(site: Site, monkeypat
     assert max(site.proxy.sent_twice("edgepkg")) <= pull.CHUNK
 
 
+def test_an_answer_whose_head_comes_in_drops_is_given_up_and_the_part_kept(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site.proxy.plan("edgepkg", Fault(after=250_000))
+    site.proxy.always("edgepkg", STRANGE["no room for more"])
+    with pytest.raises(Refused, match="in time"):
+        site.fetch()
+    site.proxy.heal()
+    site.proxy.always("edgepkg", HEAD_IN_DROPS)
+    with monkeypatch.context() as patch:
+        patch.setattr(pull, "STALL_SECONDS", 0.3)
+        with pytest.raises(Refused, match=r"2\d+ of 4\d+ bytes in time.*took more than"):
+            in_time(4, site.fetch, 0.3)
+    site.proxy.heal()
+    assert site.fetch() == site.bundle.read_bytes()
+    assert site.proxy.exchanges[-1].start > 249_000
+
+
 def test_what_came_whole_before_a_kill_is_not_fetched_again_and_what_nobody_wants_any_more_goes(site: Site) -> None:
     """A kill in the installation leaves the file; an order that was replaced leaves a part."""
     other = site.device.root / "inbox" / f"{'0' * 64}.part"
@@ -296,6 +316,7 @@ PLACES = ("2.root.json", "timestamp.json", "snapshot.json", "targets.json", "lab
 FAULTS = {
     **{name: fault for name, fault in STRANGE.items() if name not in ("gzip", "another range")},
     **{then: Fault(after=INSIDE, then=then) for then in ("cut", "reset", "silence", "drip")},
+    "a head in drops": HEAD_IN_DROPS,
 }
 
 
@@ -303,7 +324,7 @@ FAULTS = {
 def test_metadata_that_do_not_come_are_refused_in_time_and_taken_the_next_time(
     site: Site, monkeypatch: pytest.MonkeyPatch, fault: str
 ) -> None:
-    monkeypatch.setattr(pull, "METADATA_SECONDS", 0.3)
+    monkeypatch.setattr(pull, "ANSWER_SECONDS", 0.3)
     for place in PLACES:
         if place == "2.root.json" and (fault == "not found" or FAULTS[fault].after == INSIDE):
             continue  # that there is no newer root is said with 404, and a few bytes
@@ -379,6 +400,21 @@ def test_a_report_whose_reply_is_lost_is_told_again_and_counts_once(site: Site, 
     assert outcomes(site) == ["device refused"] * 3
     assert [each.outcome for each in site.registry.placements(rollout)] == ["refused"]
     assert len(site.proxy.of("/reports")) == 5 + 1  # the last one is the status
+
+
+@pytest.mark.parametrize("status", ["200 OK", "400 Bad Request", "502 Bad Gateway"])
+def test_a_reply_that_comes_in_drops_is_not_waited_for(
+    site: Site, monkeypatch: pytest.MonkeyPatch, status: str
+) -> None:
+    monkeypatch.setattr(pull, "ANSWER_SECONDS", 0.3)
+    keys = site.refused_bundles(2)
+    slow = f"HTTP/1.1 {status}\r\ncontent-length: 1000\r\n\r\n".encode() + b'{"new": true, "error": ""}'.ljust(1000)
+    for after in (20, 100):
+        site.proxy.plan("/reports", Fault(instead=slow, after=after, then="drip"))
+        assert in_time(4, pull.deliver, site.device) == 0
+        assert site.waiting == keys
+    assert pull.deliver(site.device) == 2
+    assert (site.waiting, site.taken) == ([], keys)
 
 
 NOBODY = {
