@@ -113,8 +113,10 @@ def kit(
 
 @app.command(epilog="Example: stillhouse devices remove gate-1")
 def remove(name: NameArgument) -> None:
-    """Take a device out of the registry; what it reported stays. It goes on with what it has."""
+    """Take a device out of the registry and of MLflow's tags; what it reported stays. It goes on with what it has."""
+    from compression.errors import StillhouseError
     from flows import fleet
+    from tasks import feedback
 
     has_order = fleet.is_set_up() and name in fleet.open_repository(()).orders
     repository = fleet.open_repository() if has_order else None  # its keys open, or nothing is done
@@ -122,6 +124,10 @@ def remove(name: NameArgument) -> None:
         registry.remove(name)
     if repository is not None:
         repository.publish(orders={name: None})
+    try:
+        feedback.forget(name)
+    except StillhouseError as error:
+        console.print(f"Note: MLflow's tags name it as before. {error}", markup=False, highlight=False, soft_wrap=True)
     console.print(f"Removed {name}.", highlight=False)
 
 

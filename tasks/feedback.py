@@ -106,6 +106,25 @@ def running_on(name: str) -> dict[int, list[str]]:
     return {version: devices for version, devices in found.items() if devices}
 
 
+def forget(device: str) -> int:
+    """Take a device that is no longer one of ours away from all versions; how many named it.
+
+    Raises:
+        ArtifactError: the store of MLflow does not answer.
+    """
+    if not _mlflow_is_there():
+        return 0
+    count = 0
+    for name in registry.names():
+        with registry.locked(name):
+            for version in registry.versions(name):
+                devices = _devices_of(version)
+                if devices.pop(device, None) is not None:
+                    _write(version, devices)
+                    count += 1
+    return count
+
+
 def feed_latency(statement: Statement, reports: Sequence[Report], devices: Sequence[DeviceEntry]) -> int:
     """Add what devices measured of a bundle to the points of the latency model; how many were not known.
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from compression.errors import StillhouseError
+from compression.errors import ArtifactError, StillhouseError
 from export.bundle.package import open_package
 from export.devices.errors import DeviceError
 from export.devices.kit import unpack_kit
@@ -22,6 +22,7 @@ from export.devices.registry import DeviceEntry, Rollout
 from export.devices.rollout import RolloutPolicy
 from flows import devices, fleet, rollouts
 from flows.devices import opened
+from tasks import feedback
 from tests.flows.fleet_folder import FleetFolder, fleet_folder
 
 
@@ -174,6 +175,18 @@ def test_a_removed_device_gets_no_more_orders(folder: FleetFolder) -> None:
     devices_command("remove", "gate-1")
     assert fleet.open_repository(()).orders == {}
     assert "device removed  device=gate-1" in devices_command("log")
+
+
+@pytest.mark.usefixtures("folder")
+def test_a_device_is_removed_also_when_mlflow_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    def away(device: str) -> int:
+        raise ArtifactError(f"MLflow does not answer of {device}.")
+
+    add("gate-1")
+    monkeypatch.setattr(feedback, "forget", away)
+    said = devices_command("remove", "gate-1")
+    assert "Note: MLflow's tags name it as before. MLflow does not answer of gate-1." in said
+    assert "gate-1" not in devices_command()
 
 
 # --- rollouts ---

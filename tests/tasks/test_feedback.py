@@ -261,6 +261,18 @@ def test_devices_that_were_not_asked_stay_where_they_are(lab: Lab, fleet: Fleet)
     assert feedback.running_on(MODEL) == {1: ["lab-1"], 3: ["far-away"]}
 
 
+def test_a_device_that_is_removed_leaves_all_versions_and_nobody_else_does(lab: Lab, fleet: Fleet) -> None:
+    rollout = fleet.start(lab.statement)
+    for name in fleet.names:
+        fleet.says(name, lab.statement)
+    fleet.record(lab.statement, rollout)
+    assert feedback.forget("lab-2") == 1
+    assert feedback.running_on(MODEL) == {1: ["lab-1", "lab-3"]}
+    assert feedback.forget("lab-2") == 0
+    assert [feedback.forget(name) for name in ("lab-1", "lab-3")] == [1, 1]
+    assert feedback.running_on(MODEL) == {}
+
+
 def test_many_devices_take_several_tags_and_few_again_one() -> None:
     entry = {"seq": 100_000, "sha256": "a" * 12, "p50_ms": 1.2345678901234567}
     many = {f"{'device':x<41}-{number:04d}": entry for number in range(130)}
