@@ -202,15 +202,16 @@ def test_a_cancelled_run_takes_its_orders_back(world: World) -> None:
 def test_what_devices_would_refuse_is_refused_before_any_is_asked(world: World) -> None:
     _, bundle = world.bundle()
     world.ended(world.start(bundle), "RolledOut")
-    for parameters, words in (
+    cases: tuple[tuple[dict[str, Any], str], ...] = (
         ({"bundle": bundle}, "expected more than"),
         ({"bundle": "/nowhere.edgepkg"}, "has no file"),
         ({}, "has no source"),
         ({"bundle": bundle, "model": "shapes"}, "has model 'digits', expected 'shapes'"),
         ({"bundle": world.bundle()[1], "devices": ["gate-9"]}, "gate-9"),
         ({"model": "digits"}, "has no champion"),
-    ):
-        run = world.up.start("rollout", **parameters)
+    )
+    runs = [world.up.start("rollout", **parameters) for parameters, _ in cases]
+    for run, (_, words) in zip(runs, cases, strict=True):
         assert words in world.ended(run, "Failed")["state"]["message"]
 
 
