@@ -22,7 +22,7 @@ from tasks.distill import distill_student
 from tasks.settings import settings
 from tasks.stage import DirectRunner, StageIndex, StageResult, use_runner
 from tasks.teachers import make_teacher, store_outputs
-from tests.flows.test_fan_out import two_of_each
+from tests.flows.test_fan_out import checkpoints, two_of_each
 
 pytestmark = [pytest.mark.servers, pytest.mark.timeout(600), pytest.mark.usefixtures("one_thread")]
 
@@ -178,8 +178,7 @@ def test_a_killed_rank_fails_the_stage_and_the_next_start_goes_on(recipe: Recipe
     chain.again(chain.teacher())
 
     def kill() -> None:
-        scratch = settings().home_dir / "scratch"
-        while not list(scratch.glob("*/step-*")):
+        while not checkpoints(settings().home_dir):
             time.sleep(0.01)
         ranks_of_this_process()[1].send_signal(signal.SIGKILL)
 
@@ -200,8 +199,7 @@ def test_interrupted_it_leaves_no_rank_and_a_checkpoint(recipe: Recipe) -> None:
     chain = Chain(recipe)
 
     def interrupt() -> None:
-        scratch = settings().home_dir / "scratch"
-        while not list(scratch.glob("*/step-*")):
+        while not checkpoints(settings().home_dir):
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGINT)
 
@@ -211,4 +209,4 @@ def test_interrupted_it_leaves_no_rank_and_a_checkpoint(recipe: Recipe) -> None:
         chain.teacher()
     stopper.join()
     assert not ranks_of_this_process()
-    assert list((settings().home_dir / "scratch").glob("*/step-*"))
+    assert checkpoints(settings().home_dir)
