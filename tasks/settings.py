@@ -107,7 +107,10 @@ def settings() -> Settings:
 
 
 def prepare_prefect() -> None:
-    """Set Prefect's environment before it is imported: own home, patient clients, no pickles, no telemetry."""
+    """Set Prefect's environment before it is imported: own home, patient clients, no pickles, no telemetry.
+
+    Every flow and command begins here, so threads also take turns at parsing from here on.
+    """
     serialize_parsing()
     defaults = {
         "PREFECT_HOME": str(settings().home_dir / "prefect"),
